@@ -1,0 +1,222 @@
+"""Interventions: edits of neurons during a forward pass.
+
+Every kind is one affine map of the neuron's value x plus noise, `gain * x + offset + deviation * e` with e standard
+normal, so that one function edits one example under one intervention, or a thousand copies under a thousand.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from synapse.errors import SettingsError
+from synapse.model.classifier import Batch, Classifier
+from synapse.model.hooks import Edit, edited_outputs
+from synapse.types import SCOPES, Neurons, Scope
+
+
+@dataclass(frozen=True, eq=False)
+class AffineEdit:
+    """The edit of whole block outputs, one row a run: untouched units have gain 1, offset 0 and deviation 0."""
+
+    gain: Float[Tensor, "run unit"]
+    offset: Float[Tensor, "run unit"]
+    deviation: Float[Tensor, "run unit"]
+
+    def take(self, runs: Int[Tensor, "chosen"]) -> "AffineEdit":
+        """Return the edit of the chosen runs."""
+        return AffineEdit(self.gain[runs], self.offset[runs], self.deviation[runs])
+
+    def __call__(
+        self,
+        states: Float[Tensor, "run token unit"],
+        rows: Int[Tensor, "run"] | None,
+        noise: Float[Tensor, "run token unit"] | None,
+    ) -> Float[Tensor, "run token unit"]:
+        """Return the states, edited at the given row of each run, or at every row if `rows` is None."""
+        if rows is None:
+            edited = states * self.gain[:, None] + self.offset[:, None]
+            return edited if noise is None else edited + self.deviation[:, None] * noise
+        run = torch.arange(len(states), device=states.device)
+        values = states[run, rows] * self.gain + self.offset
+        if noise is not None:
+            values = values + self.deviation * noise[run, rows]
+        edited = states.clone()
+        edited[run, rows] = values.to(edited.dtype)
+        return edited
+
+
+@dataclass(frozen=True)
+class Intervention(ABC):
+    """An edit of `neurons` in a `scope`; `with classifier.edited(intervention):` applies it.
+
+    The edit acts on `neurons.layer`; with scope `readout-onward` also on the same units of every later layer.
+    """
+
+    neurons: Neurons
+    _: KW_ONLY
+    scope: Scope = "readout"
+
+    @abstractmethod
+    def map(self) -> tuple[float, Float[np.ndarray, "unit"] | float, Float[np.ndarray, "unit"] | float]:
+        """Return gain, offset and deviation of the edited neurons, in the order of `neurons.units`."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise; kinds without noise never use it."""
+        return 0
+
+    @property
+    def fits_every_layer(self) -> bool:
+        """Whether the same numbers can be used at a later layer; means and deviations of one layer cannot."""
+        return True
+
+    def edit(self, width: int) -> AffineEdit:
+        """Return the edit of a block output of that width, as one run."""
+        rows = [torch.ones(1, width), torch.zeros(1, width), torch.zeros(1, width)]
+        units = list(self.neurons.units)
+        for row, values in zip(rows, self.map(), strict=True):
+            row[0, units] = torch.as_tensor(values, dtype=torch.float32)
+        return AffineEdit(*rows)
+
+    @contextmanager
+    def applied(self, classifier: Classifier) -> Iterator[None]:
+        """Edit the neurons in every forward pass of the classifier while the context is open.
+
+        Raises:
+            SettingsError: a layer, unit or scope that the classifier does not have.
+        """
+        check_neurons(self.neurons, classifier)
+        if self.scope not in SCOPES:
+            raise SettingsError(f"The scope is {self.scope!r}; one of {', '.join(SCOPES)} was expected.")
+        if self.scope == "readout-onward" and not self.fits_every_layer:
+            raise SettingsError(
+                f"{type(self).__name__} carries numbers of one layer, and 'readout-onward' edits later ones too; apply "
+                "one intervention a layer instead: `classifier.edited(first, second, ...)`."
+            )
+        first = self.neurons.layer
+        layers = range(first, classifier.n_layers) if self.scope == "readout-onward" else [first]
+        edit = _to(self.edit(classifier.width), classifier.device)
+        with ExitStack() as stack:
+            for layer in layers:
+                hook = self._hook(classifier, edit, layer)
+                stack.enter_context(edited_outputs([(classifier.blocks[layer], hook)]))
+            yield
+
+    def _hook(self, classifier: Classifier, edit: AffineEdit, layer: int) -> Edit:
+        def hook(states: Tensor) -> Tensor:
+            batch, n_tokens = classifier.current_batch, states.shape[1]
+            rows = None if self.scope == "all" else classifier.readout_rows(batch, n_tokens)
+            noisy = bool(edit.deviation.any())
+            noise = noise_for(batch, layer, n_tokens, classifier.width, seed=self.seed) if noisy else None
+            everyone = torch.zeros(len(states), dtype=torch.long, device=states.device)
+            return edit.take(everyone)(states, rows, None if noise is None else noise.to(states.device))
+
+        return hook
+
+
+@dataclass(frozen=True)
+class Zero(Intervention):
+    """Sets the neurons to 0."""
+
+    def map(self) -> tuple[float, float, float]:
+        """Return gain 0, offset 0, no noise."""
+        return 0.0, 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class Mean(Intervention):
+    """Sets each neuron to a given value, usually its mean over the training examples (`Activations.mean(layer)`)."""
+
+    _: KW_ONLY
+    values: tuple[float, ...]
+
+    def map(self) -> tuple[float, Float[np.ndarray, "unit"], float]:
+        """Return gain 0, the values as offset, no noise."""
+        return 0.0, _one_each(self.values, self.neurons, "values"), 0.0
+
+    @property
+    def fits_every_layer(self) -> bool:
+        """False: the numbers are those of one layer."""
+        return False
+
+
+@dataclass(frozen=True)
+class Scale(Intervention):
+    """Multiplies the neurons by a factor; a negative factor also flips their sign."""
+
+    _: KW_ONLY
+    factor: float
+
+    def map(self) -> tuple[float, float, float]:
+        """Return the factor as gain, offset 0, no noise."""
+        return self.factor, 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class Noise(Intervention):
+    """Adds Gaussian noise of `strength` times each neuron's own deviation over the training examples.
+
+    The draw depends on the seed, the layer, the example's content and the row, never on batch size or order.
+    """
+
+    _: KW_ONLY
+    strength: float
+    deviations: tuple[float, ...]
+    draw: int = 0
+
+    def map(self) -> tuple[float, float, Float[np.ndarray, "unit"]]:
+        """Return gain 1, offset 0, and the deviation of the noise."""
+        return 1.0, 0.0, self.strength * _one_each(self.deviations, self.neurons, "deviations")
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise."""
+        return self.draw
+
+    @property
+    def fits_every_layer(self) -> bool:
+        """False: the numbers are those of one layer."""
+        return False
+
+
+def check_neurons(neurons: Neurons, classifier: Classifier) -> None:
+    """Refuse neurons that the classifier does not have, or that repeat."""
+    if not 0 <= neurons.layer < classifier.n_layers:
+        raise SettingsError(
+            f"Layer {neurons.layer} was asked for; the classifier has the layers 0 to {classifier.n_layers - 1}."
+        )
+    outside = [unit for unit in neurons.units if not 0 <= unit < classifier.width]
+    if outside:
+        raise SettingsError(
+            f"Unit {outside[0]} was asked for; the classifier has the units 0 to {classifier.width - 1} in each layer."
+        )
+    if len(set(neurons.units)) < len(neurons.units):
+        raise SettingsError("Some units are listed twice; each neuron can be edited once. Drop the repeats.")
+
+
+def noise_for(
+    batch: Batch, layer: int, n_tokens: int, width: int, *, seed: int
+) -> Float[Tensor, "example token unit"]:
+    """Return standard normal noise for every row of a batch; an example's noise depends on (seed, layer, content)."""
+    draws = [
+        # Filled row by row, so the rows of an example do not depend on how far the batch was padded.
+        np.random.default_rng((seed, layer, key)).standard_normal((n_tokens, width), dtype=np.float32)
+        for key in batch.keys
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _one_each(values: tuple[float, ...], neurons: Neurons, what: str) -> Float[np.ndarray, "unit"]:
+    if len(values) != len(neurons):
+        raise SettingsError(f"{len(values)} {what} were given for {len(neurons)} neurons; one each was expected.")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _to(edit: AffineEdit, device: torch.device) -> AffineEdit:
+    return AffineEdit(edit.gain.to(device), edit.offset.to(device), edit.deviation.to(device))

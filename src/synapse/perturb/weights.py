@@ -1,0 +1,105 @@
+"""Perturbations of weights that put every bit back, and prove it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from synapse.errors import RestoreError, SettingsError
+from synapse.model.classifier import Classifier, hash_tensors
+
+HEAD = "head"
+"""The place of the final linear map; blocks are called `block 0`, `block 1`, ..."""
+
+
+def places(classifier: Classifier) -> tuple[str, ...]:
+    """Return the names of the places whose weights can be perturbed: every block, and the head if it is linear."""
+    blocks = tuple(f"block {layer}" for layer in range(classifier.n_layers))
+    return blocks if classifier.final is None else (*blocks, HEAD)
+
+
+def weights_at(classifier: Classifier, place: str) -> dict[str, Tensor]:
+    """Return the weight matrices of a place by name; biases and norms, being vectors, are left out.
+
+    Raises:
+        SettingsError: an unknown place, or a head that does not end in a linear map.
+    """
+    if place not in places(classifier):
+        raise SettingsError(f"There are no weights at {place!r}; the places are {', '.join(places(classifier))}.")
+    if place == HEAD:
+        assert classifier.final is not None
+        return {"weight": classifier.final.weight}
+    block = classifier.blocks[int(place.split()[1])]
+    return {name: weight for name, weight in block.named_parameters() if weight.ndim >= 2}
+
+
+@dataclass(frozen=True)
+class WeightPerturbation(ABC):
+    """A change of the weights at one place; `with classifier.edited(perturbation):` applies it.
+
+    At the end the saved weights are copied back and compared by SHA-256 with what they were.
+    """
+
+    place: str
+
+    @abstractmethod
+    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what is added to each weight matrix."""
+
+    @contextmanager
+    def applied(self, classifier: Classifier) -> Iterator[None]:
+        """Change the weights while the context is open.
+
+        Raises:
+            RestoreError: the weights could not be put back bit for bit.
+        """
+        weights = weights_at(classifier, self.place)
+        saved = {name: weight.detach().clone() for name, weight in weights.items()}
+        before = hash_tensors(weights)
+        try:
+            with torch.no_grad():
+                for name, change in self.changes(saved).items():
+                    weights[name].add_(change.to(weights[name]))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.copy_(saved[name])
+            if hash_tensors(weights) != before:
+                raise RestoreError(
+                    f"The weights at {self.place!r} are not what they were before {type(self).__name__}; load the "
+                    "model again, and do not trust what was measured after."
+                )
+
+
+@dataclass(frozen=True)
+class WeightNoise(WeightPerturbation):
+    """Adds Gaussian noise to each weight matrix, scaled to `budget` = ||dW||_F / ||W||_F exactly."""
+
+    budget: float
+    seed: int = 0
+
+    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the noise of each matrix; the draw depends on the seed and the matrix's position in the place."""
+        noise = {}
+        for position, (name, weight) in enumerate(weights.items()):
+            draw = np.random.default_rng((self.seed, position)).standard_normal(weight.shape, dtype=np.float32)
+            direction = torch.from_numpy(draw).to(weight)
+            noise[name] = direction * (self.budget * weight.norm() / direction.norm())
+        return noise
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit(WeightPerturbation):
+    """Adds a given change to the final weight matrix."""
+
+    change: Float[np.ndarray, "label feature"]
+
+    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the change."""
+        return {name: torch.from_numpy(self.change) for name in weights}

@@ -1,0 +1,146 @@
+"""The words that every stage shares.
+
+| word | meaning |
+|---|---|
+| layer | index of a block in call order, from 0; its *depth* is `(layer + 1) / n_blocks`, in (0, 1] |
+| unit | index of a coordinate of a block's output |
+| readout row | the token row that the head reads ([CLS], or the last token that is no padding) |
+| label | a class name; the empty string stands for the global ranking (all classes) |
+| scope | where an edit acts: see `Scope` |
+| selection | which end of a ranking: `top`, `bottom`, or `random` units |
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+Scope = Literal["readout", "readout-onward", "all"]
+"""`readout`: the readout row at the layer; `readout-onward`: the readout row at the layer and at every
+later one; `all`: all rows at the layer."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+Selection = Literal["top", "bottom", "random"]
+
+GLOBAL = ""
+"""The label of the ranking over all classes."""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Units of one block's output: what an intervention edits.
+
+    `units` are distinct indices in `[0, width)`, in the order of the ranking they come from.
+    """
+
+    layer: int
+    units: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Readout-row states of every block, with what the classifier said about each example.
+
+    `values[l, i]` is the output of block `l` at the readout row of example `i`, in float32. `features` is the input of
+    the final linear map, or None where the head does not end in one. `row_mean` and `row_deviation` are each unit's
+    moments over all rows that are no padding. `source` is the fingerprint of the examples: two splits are told apart
+    by it.
+    """
+
+    values: Float[np.ndarray, "layer example unit"]
+    logits: Float[np.ndarray, "example label"]
+    targets: Int[np.ndarray, "example"]
+    labels: tuple[str, ...]
+    source: str
+    features: Float[np.ndarray, "example feature"] | None = None
+    row_mean: Float[np.ndarray, "layer unit"] | None = None
+    row_deviation: Float[np.ndarray, "layer unit"] | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks recorded."""
+        return int(self.values.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Number of units of a block's output."""
+        return int(self.values.shape[2])
+
+    def __len__(self) -> int:
+        return int(self.values.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """Logits of every example under every cell of a plan.
+
+    `cells` has one row a cell, in the order of `logits`, with the columns `layer`, `depth`, `scope`, `kind`,
+    `strength`, `method`, `label`, `selection`, `draw`, `fraction`, `k` (docs/run-folder.md says what each
+    means). Where a cell ran only some of the examples, the logits of the others are NaN.
+    """
+
+    cells: pd.DataFrame
+    logits: Float[np.ndarray, "cell example label"]
+    clean_logits: Float[np.ndarray, "example label"]
+    targets: Int[np.ndarray, "example"]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Redirection:
+    """One attack on the examples of `source` towards `target`, scored on examples it was not fitted on.
+
+    `needed[d, i]` is the smallest budget at which draw d redirects example `examples[i]` (infinite: never); a fitted attack
+    has one draw, its random control several. `others` are the examples of other classes that the clean model gets
+    right, and `broken_at[d, j]` the smallest budget at which other j is lost: the collateral. `share` is the share of
+    fitting examples that the attack was made to redirect (NaN for attacks that are not fitted). `source` is empty for
+    "every other class".
+    """
+
+    attack: str
+    location: str
+    source: str
+    target: str
+    arm: str
+    unit: str
+    share: float
+    needed: Float[np.ndarray, "draw example"]
+    examples: Int[np.ndarray, "example"]
+    others: Int[np.ndarray, "other"]
+    broken_at: Float[np.ndarray, "draw other"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseCurve:
+    """Logits under noise at one place: `logits[b, d, i]` is example i under draw d of relative norm `budgets[b]`."""
+
+    place: str
+    budgets: tuple[float, ...]
+    logits: Float[np.ndarray, "budget draw example label"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number with its 95 % interval, the number of examples behind it, and its unit.
+
+    `value` is None where there is nothing to report; `note` then says why (for example `not used here`).
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unit: str
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figure as it stands in `scorecard.json`; `note` only where there is one."""
+        fields = asdict(self)
+        if not self.note:
+            del fields["note"]
+        return fields
