@@ -1,1 +1,62 @@
-"""Look inside a Transformer classifier."""
+"""Look inside a Transformer classifier: which neurons carry its decisions, and how little redirects it.
+
+```python
+import synapse as syn
+
+classifier = syn.Classifier.from_pretrained("path/or/hub-id")
+train, test = syn.read_examples("train.csv"), syn.read_examples("test.csv")
+activations = syn.record(classifier, train)
+probes = syn.fit_probes(activations)
+ranking = syn.rank(activations, probes=probes, method="cumulative-mass")
+with classifier.edited(syn.Zero(ranking.top(0.10, layer=4), scope="all")):
+    logits = classifier.predict(test)
+```
+
+Names are loaded when they are first used, so that `import synapse` is quick. The stages' modules are called recording,
+ranking and sweeping, so that `record`, `rank` and `sweep` stay the names of their functions.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# public name -> module that defines it
+_HOMES = {
+    "Classifier": "synapse.model.classifier",
+    "Examples": "synapse.data.examples",
+    "read_examples": "synapse.data.examples",
+    "split_examples": "synapse.data.examples",
+    "record": "synapse.recording",
+    "fit_probes": "synapse.probe.probe",
+    "rank": "synapse.ranking",
+    "Ranking": "synapse.ranking",
+    "Neurons": "synapse.types",
+    "Zero": "synapse.perturb.activations",
+    "Mean": "synapse.perturb.activations",
+    "Scale": "synapse.perturb.activations",
+    "Noise": "synapse.perturb.activations",
+    "LogitShift": "synapse.perturb.logits",
+    "HeadEdit": "synapse.perturb.weights",
+    "WeightNoise": "synapse.perturb.weights",
+    "sweep": "synapse.sweeping",
+    "Grid": "synapse.sweeping",
+    "plan": "synapse.sweeping",
+    "measure": "synapse.measure",
+    "run_study": "synapse.study",
+    "make_settings": "synapse.settings",
+    "SynapseError": "synapse.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'synapse' has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    value = home if name == "measure" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -63,7 +63,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write readable JSON; NaN and infinity, which JSON does not know, become null."""
-    path.write_text(json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def write_table(run: Path, name: str, table: pd.DataFrame) -> None:

@@ -10,6 +10,7 @@
 | selection | which end of a ranking: `top`, `bottom`, or `random` units |
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -24,8 +25,15 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 Selection = Literal["top", "bottom", "random"]
 
+Progress = Callable[[int, int], None]
+"""Called with the amount of work done and the amount there is."""
+
 GLOBAL = ""
 """The label of the ranking over all classes."""
+
+
+def silent(_done: int, _total: int) -> None:
+    """Report progress to nobody."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,13 @@
 import pytest
 import torch
-from planted import LABELS, planted_classifier, random_classifier, random_module, random_texts, token_preprocess
+from planted import (
+    LABELS,
+    planted_classifier,
+    random_classifier,
+    random_module,
+    random_texts,
+    token_preprocess,
+)
 from torch import nn
 
 from synapse.errors import AnatomyError, ModelError, SettingsError
@@ -8,7 +15,12 @@ from synapse.model.classifier import Classifier
 
 EXPECTED = {
     "bert": ("bert.encoder.layer.", "first", ("bert.pooler", "dropout", "classifier"), "classifier"),
-    "distilbert": ("distilbert.transformer.layer.", "first", ("pre_classifier", "dropout", "classifier"), "classifier"),
+    "distilbert": (
+        "distilbert.transformer.layer.",
+        "first",
+        ("pre_classifier", "dropout", "classifier"),
+        "classifier",
+    ),
     "gpt2": ("transformer.h.", "last", ("transformer.ln_f", "score"), "score"),
 }
 

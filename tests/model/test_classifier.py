@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from planted import planted_classifier, planted_examples, random_classifier, random_examples, random_module, token_preprocess
+from planted import (
+    planted_classifier,
+    planted_examples,
+    random_classifier,
+    random_examples,
+    random_module,
+    token_preprocess,
+)
 
 from synapse.errors import ModelError, SettingsError
 from synapse.model.classifier import Classifier, choose_device
@@ -84,7 +91,9 @@ def test_a_real_model_predicts_as_its_record_says(shared):
     classifier = Classifier.from_pretrained(folder)
     test = read_examples(shared / "data" / "splice" / "test.csv")
     accuracy = (classifier.predict(test).argmax(axis=1) == test.targets(classifier.labels)).mean()
-    assert accuracy == pytest.approx(json.loads((folder / "metrics.json").read_text())["accuracy_after_reload"], abs=1e-4)
+    assert accuracy == pytest.approx(
+        json.loads((folder / "metrics.json").read_text())["accuracy_after_reload"], abs=1e-4
+    )
 
 
 def write_tokenizer(folder):

@@ -26,7 +26,10 @@ def test_hooks_are_removed_after_an_error_inside_the_edit():
     def fail(_states):
         raise RuntimeError("inside the edit")
 
-    with pytest.raises(RuntimeError, match="inside the edit"), edited_outputs([(module.bert.encoder.layer[1], fail)]):
+    with (
+        pytest.raises(RuntimeError, match="inside the edit"),
+        edited_outputs([(module.bert.encoder.layer[1], fail)]),
+    ):
         module(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert hook_count(module) == 0
 

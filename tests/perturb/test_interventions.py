@@ -113,9 +113,15 @@ def test_the_model_comes_back_after_an_error_inside_an_intervention():
     ("intervention", "message"),
     [
         (Zero(Neurons(2, (0,))), "Layer 2 was asked for; the classifier has the layers 0 to 1."),
-        (Zero(Neurons(0, (16,))), "Unit 16 was asked for; the classifier has the units 0 to 15 in each layer."),
+        (
+            Zero(Neurons(0, (16,))),
+            "Unit 16 was asked for; the classifier has the units 0 to 15 in each layer.",
+        ),
         (Zero(Neurons(0, (1, 1))), "Some units are listed twice"),
-        (Mean(Neurons(0, (1, 2)), values=(0.0,)), "1 values were given for 2 neurons; one each was expected."),
+        (
+            Mean(Neurons(0, (1, 2)), values=(0.0,)),
+            "1 values were given for 2 neurons; one each was expected.",
+        ),
         (Mean(Neurons(0, (1,)), values=(0.0,), scope="readout-onward"), "Mean carries numbers of one layer"),
     ],
 )

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from planted import planted_classifier, planted_examples, random_classifier, random_examples
+from planted import planted_classifier, planted_examples, random_classifier
 
 from synapse.errors import RestoreError, SettingsError
 from synapse.perturb.logits import LogitShift

@@ -175,9 +175,7 @@ def _shape(call: _Call) -> tuple[int, ...]:
 def _outermost(calls: list[_Call], among: Mapping[Any, list[_Call]] | None = None) -> list[_Call]:
     """Return the calls that do not lie inside another call of the same list (or inside one of `among`)."""
     others = calls if among is None else [call for group in among.values() for call in group]
-    return [
-        call for call in calls if not any(o.started < call.started and call.ended < o.ended for o in others)
-    ]
+    return [call for call in calls if not any(o.started < call.started and call.ended < o.ended for o in others)]
 
 
 def _find_embedding(calls: list[_Call], first_block: _Call) -> str | None:

@@ -22,8 +22,14 @@ Inputs = Sequence[str] | np.ndarray
 """Raw inputs, one entry (or one row) an example."""
 
 # Two texts of unequal length: the shorter one has padding rows when both stand in a batch.
-SAMPLE_TEXTS = ("A short text.", "A second text, rather longer than the first, so that a batch of both is padded.")
+SAMPLE_TEXTS = (
+    "A short text.",
+    "A second text, rather longer than the first, so that a batch of both is padded.",
+)
 
+
+STATE_NUMBERS = {"cpu": 400_000, "cuda": 25_000_000}
+"""Numbers in one block output of a forward pass, at most."""
 
 LogitEdit = Callable[[Tensor], Tensor]
 """Takes logits (example, label) and returns what replaces them."""
@@ -78,8 +84,8 @@ class Classifier:
         self.name = name
         self.device = device
         self.blocks = tuple(module.get_submodule(block) for block in anatomy.blocks)
-        # Rows of one forward pass. Small passes stay in a CPU's cache; a GPU wants many.
-        self.max_tokens = 1024 if device.type == "cpu" else 65536
+        # Rows of one forward pass: few enough to stay in a CPU's cache, many enough to keep a GPU busy.
+        self.max_tokens = max(128, STATE_NUMBERS[device.type] // anatomy.width)
         self._batch: Batch | None = None
         self._logit_edits: list[LogitEdit] = []
 

@@ -74,7 +74,9 @@ def load_text_classifier(model: str | Path, *, max_length: int | None = None) ->
             f"{_architectures(config)}. Fine-tune it for sequence classification first, then give its folder."
         )
     if module.config.num_labels < 2:
-        raise ModelError(f"{str(model)!r} has one output, so it is a regression model; two or more classes were expected.")
+        raise ModelError(
+            f"{str(model)!r} has one output, so it is a regression model; two or more classes were expected."
+        )
     labels = tuple(str(module.config.id2label[i]) for i in range(module.config.num_labels))
     return LoadedModel(module.eval(), TextPreprocess(tokenizer, _max_length(config, tokenizer, max_length)), labels)
 

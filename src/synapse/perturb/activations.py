@@ -5,7 +5,7 @@ normal, so that one function edits one example under one intervention, or a thou
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 
@@ -27,6 +27,15 @@ class AffineEdit:
     gain: Float[Tensor, "run unit"]
     offset: Float[Tensor, "run unit"]
     deviation: Float[Tensor, "run unit"]
+
+    @classmethod
+    def stacked(cls, edits: Sequence["AffineEdit"]) -> "AffineEdit":
+        """Return the edits one after the other, a run each."""
+        return cls(*(torch.cat([getattr(edit, part) for edit in edits]) for part in ("gain", "offset", "deviation")))
+
+    def to(self, device: torch.device) -> "AffineEdit":
+        """Return the edit on a device."""
+        return AffineEdit(self.gain.to(device), self.offset.to(device), self.deviation.to(device))
 
     def take(self, runs: Int[Tensor, "chosen"]) -> "AffineEdit":
         """Return the edit of the chosen runs."""
@@ -101,7 +110,7 @@ class Intervention(ABC):
             )
         first = self.neurons.layer
         layers = range(first, classifier.n_layers) if self.scope == "readout-onward" else [first]
-        edit = _to(self.edit(classifier.width), classifier.device)
+        edit = self.edit(classifier.width).to(classifier.device)
         with ExitStack() as stack:
             for layer in layers:
                 hook = self._hook(classifier, edit, layer)
@@ -200,9 +209,7 @@ def check_neurons(neurons: Neurons, classifier: Classifier) -> None:
         raise SettingsError("Some units are listed twice; each neuron can be edited once. Drop the repeats.")
 
 
-def noise_for(
-    batch: Batch, layer: int, n_tokens: int, width: int, *, seed: int
-) -> Float[Tensor, "example token unit"]:
+def noise_for(batch: Batch, layer: int, n_tokens: int, width: int, *, seed: int) -> Float[Tensor, "example token unit"]:
     """Return standard normal noise for every row of a batch; an example's noise depends on (seed, layer, content)."""
     draws = [
         # Filled row by row, so the rows of an example do not depend on how far the batch was padded.
@@ -216,7 +223,3 @@ def _one_each(values: tuple[float, ...], neurons: Neurons, what: str) -> Float[n
     if len(values) != len(neurons):
         raise SettingsError(f"{len(values)} {what} were given for {len(neurons)} neurons; one each was expected.")
     return np.asarray(values, dtype=np.float32)
-
-
-def _to(edit: AffineEdit, device: torch.device) -> AffineEdit:
-    return AffineEdit(edit.gain.to(device), edit.offset.to(device), edit.deviation.to(device))

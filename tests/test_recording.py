@@ -4,7 +4,7 @@ import torch
 from planted import planted_classifier, planted_examples, random_classifier, random_examples
 
 from synapse.errors import LabelError, ModelError
-from synapse.record import record
+from synapse.recording import record
 
 
 def test_recorded_states_are_the_readout_rows_of_every_block():

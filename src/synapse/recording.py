@@ -1,7 +1,5 @@
 """Record the readout-row state of every block for every example."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -9,14 +7,7 @@ from synapse.data.examples import Examples
 from synapse.errors import ModelError
 from synapse.model.classifier import Classifier
 from synapse.model.resume import CleanPass, clean_pass
-from synapse.types import Activations
-
-Progress = Callable[[int, int], None]
-"""Called with the amount of work done and the amount there is."""
-
-
-def silent(_done: int, _total: int) -> None:
-    """Report progress to nobody."""
+from synapse.types import Activations, Progress, silent
 
 
 def record(classifier: Classifier, examples: Examples, *, progress: Progress = silent) -> Activations:

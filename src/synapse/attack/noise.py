@@ -1,0 +1,74 @@
+"""How much Gaussian weight noise, at the head or in a block, changes predictions."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import torch
+
+from synapse.data.examples import Examples
+from synapse.model.classifier import Classifier
+from synapse.model.resume import CleanPass, clean_pass, resume
+from synapse.perturb.weights import HEAD, WeightNoise, places
+from synapse.types import NoiseCurve, Progress, silent
+
+BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Relative norms ||dW||/||W|| that are tried, of every weight matrix of the place at once."""
+
+
+BATCHES_AT_ONCE = 8
+"""Batches whose clean block outputs are held at once: what bounds the memory."""
+
+
+def noise_attack(
+    classifier: Classifier,
+    examples: Examples,
+    *,
+    seed: int,
+    budgets: tuple[float, ...] = BUDGETS,
+    draws: int = 2,
+    progress: Progress = silent,
+) -> list[NoiseCurve]:
+    """Return the logits of the examples under weight noise at every place, each run from the first changed block on."""
+    names = places(classifier)
+    shape = (len(budgets), draws, len(examples), len(classifier.labels))
+    logits = {place: np.empty(shape, dtype=np.float32) for place in names}
+    done, total = 0, len(examples) * len(names)
+    for group in _clean_groups(classifier, examples):
+        for place in names:
+            for (b, budget), draw in product(enumerate(budgets), range(draws)):
+                with classifier.edited(WeightNoise(place, budget, seed=seed * 1009 + draw)):
+                    for clean in group:
+                        noisy = _from_place(classifier, clean, place)
+                        logits[place][b, draw, clean.batch.index] = noisy.float().cpu().numpy()
+            done += sum(len(clean.batch.index) for clean in group)
+            progress(done, total)
+    return [NoiseCurve(place, budgets, logits[place]) for place in names]
+
+
+def _clean_groups(classifier: Classifier, examples: Examples) -> Iterator[list[CleanPass]]:
+    """Yield the clean passes of several batches at a time, so that a change of weights serves more than one."""
+    group: list[CleanPass] = []
+    for batch in classifier.batches(examples.inputs):
+        group.append(clean_pass(classifier, batch))
+        if len(group) == BATCHES_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def noise_cost(classifier: Classifier, n_examples: int, *, budgets: int = len(BUDGETS), draws: int = 2) -> int:
+    """Return the block passes that `noise_attack` takes."""
+    n_layers = classifier.n_layers
+    blocks_above = sum(n_layers - layer for layer in range(n_layers))
+    return n_examples * (n_layers + budgets * draws * blocks_above)
+
+
+def _from_place(classifier: Classifier, clean: CleanPass, place: str) -> torch.Tensor:
+    """Return the logits of the batch, run from the place whose weights have changed."""
+    last_clean = classifier.n_layers - 1 if place == HEAD else int(place.split()[1]) - 1
+    if last_clean < 0:
+        return classifier.forward(clean.batch)
+    everyone = torch.arange(len(clean.logits), device=clean.logits.device)
+    return resume(classifier, clean, last_clean, clean.states[last_clean], everyone)

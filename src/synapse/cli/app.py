@@ -1,0 +1,252 @@
+"""The commands. Each reads its options, calls the library and shows what came out; errors become one line."""
+
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synapse.cli import terminal
+from synapse.errors import SettingsError, SynapseError
+
+app = typer.Typer(
+    name="synapse",
+    help="Look inside a Transformer classifier: which neurons carry its decisions, how much of them can be lost, "
+    "which classes are fragile, and how little redirects a prediction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one line on stderr and exit status 1."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except SynapseError as error:
+        terminal.err.print("Error: " + " ".join(str(error).split()), style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        terminal.err.print("Interrupted; nothing was written.")
+        sys.exit(130)
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier, or a study file (.yaml).")],
+    train: Annotated[
+        Path | None, typer.Option(help="Labelled CSV, JSONL or Parquet that neurons are ranked on.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Labelled file to measure on. One file alone is split.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts. [text]")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels. [label]")] = None,
+    labels: Annotated[str | None, typer.Option(help="Class names in the order of the logits, with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/NAME]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
+    device: Annotated[Device | None, typer.Option(help="Where to compute. [auto]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. [0]")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [all]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut texts at this many tokens. [the model's own limit]")
+    ] = None,
+    train_examples: Annotated[str | None, typer.Option(help="Training examples used, or 'all'. [2000]")] = None,
+    examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [100]")] = None,
+    methods: Annotated[str | None, typer.Option(help="Ranking methods, with commas; the first is swept.")] = None,
+    scopes: Annotated[str | None, typer.Option(help="Where interventions act, with commas.")] = None,
+    fractions: Annotated[str | None, typer.Option(help="Shares of the width to edit, with commas.")] = None,
+    kinds: Annotated[str | None, typer.Option(help="Interventions, with commas; the first is swept whole.")] = None,
+    random_sets: Annotated[int | None, typer.Option(help="Random sets of every size. [10]")] = None,
+    random_sets_per_example: Annotated[
+        int | None, typer.Option(help="How many random sets of a size each example meets. [1]")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the report. [name of the model]")] = None,
+) -> None:
+    """Study a classifier on labelled examples, and write a run folder with its report.
+
+    Example: `synapse run path/to/model --train train.csv --test test.csv --out runs/mine`
+
+    Example: `synapse run study.yaml`, where the file holds the same names as the options (model: ..., train: ...).
+    """
+    from synapse.settings import make_settings, read_settings
+
+    given: dict[str, Any] = {
+        "train": train,
+        "test": test,
+        "text": text,
+        "label": label,
+        "labels": _names(labels),
+        "out": out,
+        "overwrite": overwrite or None,
+        "device": device.value if device else None,
+        "seed": seed,
+        "threads": threads,
+        "max_length": max_length,
+        "train_examples": _amount(train_examples, "--train-examples"),
+        "examples": _amount(examples, "--examples"),
+        "methods": _names(methods),
+        "scopes": _names(scopes),
+        "fractions": _numbers(fractions),
+        "kinds": _names(kinds),
+        "random_sets": random_sets,
+        "random_sets_per_example": random_sets_per_example,
+        "title": title,
+    }
+    is_file = Path(model).suffix in (".yaml", ".yml")
+    values = read_settings(Path(model)) if is_file else {"model": model}
+    values |= {name: value for name, value in given.items() if value is not None}
+    finished = _study(make_settings(**values))
+    terminal.show_run(finished)
+    terminal.out.print(f"\nReport: {finished / 'report.html'}")
+
+
+def _study(settings: Any) -> Path:
+    """Load what the settings name, say what is planned, and run it."""
+    import torch
+
+    from synapse.data.examples import read_examples, split_examples
+    from synapse.model.classifier import Classifier
+    from synapse.store import check_free
+    from synapse.study import forecast, run_study
+
+    if not settings.model:
+        raise SettingsError("No model is named; 'model: path/to/model' was expected in the study file.")
+    files = [file for file in (settings.train, settings.test) if file is not None]
+    if not files:
+        raise SettingsError("No examples are given; pass --train FILE and --test FILE (or one of them, to be split).")
+    out = settings.out or Path("runs") / Path(settings.model).name
+    check_free(out, overwrite=settings.overwrite)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    parts = [read_examples(file, text=settings.text, label=settings.label) for file in files]
+    train, test = parts if len(parts) == 2 else split_examples(parts[0], seed=settings.seed)
+    classifier = Classifier.from_pretrained(
+        settings.model, labels=settings.labels, device=settings.device, max_length=settings.max_length
+    )
+    for part in (train, test):
+        part.targets(classifier.labels)
+    terminal.show_forecast(forecast(classifier, train, test, settings))
+    with terminal.stage_progress() as progress:
+        return run_study(
+            classifier, train, test, settings=settings, out=out, progress=progress, command=_command_line()
+        )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a classifier's anatomy, as found and proved: blocks, width, sites, readout row, head.
+
+    Example: `synapse inspect path/to/model --json`
+    """
+    from synapse.model.classifier import Classifier
+
+    found = Classifier.from_pretrained(model).describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        if isinstance(value, dict):
+            terminal.out.print(f"{name}:")
+            for key, sentence in value.items():
+                terminal.out.print(f"  {key}: {sentence}", markup=False)
+        else:
+            shown = ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
+            terminal.out.print(f"{name}: {shown}", markup=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the three runs and the comparison.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+) -> None:
+    """Study three embedded classifiers (cybersecurity, healthcare, vision) offline and compare them.
+
+    Example: `synapse demo --out runs/demo`
+    """
+    from synapse.demo.study import run_demo
+    from synapse.report.compare import comparison_table, write_comparison
+
+    with terminal.stage_progress() as progress:
+        runs = run_demo(out, seed=seed, progress=progress)
+    for finished in runs:
+        terminal.show_run(finished)
+    terminal.out.print("\n[bold]Side by side[/bold]")
+    terminal.show_table(comparison_table(runs))
+    comparison = write_comparison(runs, out)
+    for page in (*(finished / "report.html" for finished in runs), comparison):
+        terminal.out.print(f"Report: {page}", markup=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write. [RUN/report.html]")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures as SVG, for papers.")] = None,
+) -> None:
+    """Write the report of a run again, from its folder alone.
+
+    Example: `synapse report runs/mine`
+    """
+    from synapse.report.html import write_report
+    from synapse.report.paper import paper_figures
+
+    terminal.out.print(f"Report: {write_report(run, out)}", markup=False)
+    for path in paper_figures(run, figures) if figures else ():
+        terminal.out.print(f"Figure: {path}", markup=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for comparison.html and comparison.json.")] = Path(
+        "runs/comparison"
+    ),
+) -> None:
+    """Set runs side by side on relative axes.
+
+    Example: `synapse compare runs/demo/cybersecurity runs/demo/vision --out runs/both`
+    """
+    from synapse.report.compare import comparison_table, write_comparison
+
+    if len(runs) < 2:
+        raise SettingsError(f"{len(runs)} run was given; two or more are needed for a comparison.")
+    terminal.show_table(comparison_table(runs))
+    terminal.out.print(f"Report: {write_comparison(runs, out)}", markup=False)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SettingsError(f"{text!r} is no list of numbers; something like 0.1,0.5,1 was expected.") from error
+
+
+def _amount(text: str | None, option: str) -> int | str | None:
+    if text is None or text == "all":
+        return text
+    if not text.isdigit():
+        raise SettingsError(f"{option} is {text!r}; a number or 'all' was expected.")
+    return int(text)
+
+
+def _command_line() -> str:
+    return " ".join(["synapse", *sys.argv[1:]])

@@ -1,0 +1,82 @@
+"""What the terminal shows: progress while it works, scorecards and comparisons when it is done."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from synapse.report.findings import key_numbers, summary_lines
+from synapse.report.run import open_run
+from synapse.study import Forecast, StageProgress
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def stage_progress() -> Iterator[StageProgress]:
+    """Give a callback that draws one bar a stage with the time left; it draws nothing when stderr is no terminal."""
+    columns = (
+        TextColumn("  {task.description:<12}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        tasks: dict[str, object] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            elif total:
+                bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield show
+
+
+def show_forecast(forecast: Forecast) -> None:
+    """Say what will be run and about how long it takes."""
+    sweep = forecast.sweep
+    err.print(
+        f"Planned: {forecast.train_examples:,} training and {forecast.test_examples:,} test examples; "
+        f"{sweep.cells:,} interventions on {forecast.sweep_examples:,} test examples, {sweep.runs:,} runs.\n"
+        f"About {forecast.forward_passes:,} full forward passes' worth of work: "
+        f"{_duration(forecast.seconds)}, and up to a minute for probes and measures."
+    )
+
+
+def show_run(run: Path) -> None:
+    """Print a run's findings and key numbers."""
+    opened = open_run(run)
+    out.print(f"\n[bold]{_plain(str(opened.manifest['title']))}[/bold]")
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for number in key_numbers(opened):
+        table.add_row(
+            number.name, f"[bold]{_plain(number.value)}[/bold]", _plain(number.spread), _plain(number.meaning)
+        )
+    out.print(table)
+    for line in summary_lines(run):
+        out.print(f"- {_plain(line)}")
+
+
+def show_table(table: pd.DataFrame) -> None:
+    """Print a table, one row a run."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns:
+        shown.add_column(_plain(str(column)))
+    for row in table.itertuples(index=False):
+        shown.add_row(*(_plain(str(value)) for value in row))
+    out.print(shown)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _plain(text: str) -> str:
+    """Return the text with square brackets that the terminal library would read as styles escaped."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,33 @@
+"""Arrays in, numbers out: what the logits of a study say, with intervals. Nothing here needs the model."""
+
+from synapse.measure.intervals import Resamples as Resamples
+from synapse.measure.intervals import benjamini_hochberg as benjamini_hochberg
+from synapse.measure.intervals import bracketed as bracketed
+from synapse.measure.intervals import change as change
+from synapse.measure.intervals import clopper_pearson as clopper_pearson
+from synapse.measure.intervals import figure as figure
+from synapse.measure.intervals import macro_f1_figure as macro_f1_figure
+from synapse.measure.intervals import paired_score as paired_score
+from synapse.measure.intervals import rate as rate
+from synapse.measure.intervals import resample as resample
+from synapse.measure.outcomes import Outcomes as Outcomes
+from synapse.measure.outcomes import accuracy as accuracy
+from synapse.measure.outcomes import confusion as confusion
+from synapse.measure.outcomes import flip_rate as flip_rate
+from synapse.measure.outcomes import kl as kl
+from synapse.measure.outcomes import macro_f1 as macro_f1
+from synapse.measure.outcomes import margins as margins
+from synapse.measure.outcomes import outcomes_of as outcomes_of
+from synapse.measure.outcomes import predictions as predictions
+from synapse.measure.outcomes import recall as recall
+from synapse.measure.redundancy import Redundancy as Redundancy
+from synapse.measure.redundancy import redundancy as redundancy
+from synapse.measure.scorecard import scorecard as scorecard
+from synapse.measure.scorecard import sweep_table as sweep_table
+from synapse.measure.specialisation import Specialisation as Specialisation
+from synapse.measure.specialisation import class_overlap as class_overlap
+from synapse.measure.specialisation import specialisation as specialisation
+from synapse.measure.stability import Stability as Stability
+from synapse.measure.stability import stability as stability
+from synapse.measure.vulnerability import Vulnerability as Vulnerability
+from synapse.measure.vulnerability import vulnerability as vulnerability

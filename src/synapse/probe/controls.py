@@ -1,0 +1,223 @@
+"""Control tasks, and what probes are worth beside them.
+
+A probe may be accurate because it is a capable learner, and not because the layer says anything of the task.
+The control task of Hewitt & Liang (EMNLP 2019) gives each *type* of input a random label, the same in train
+and test; its accuracy is what the probe can learn by heart, and
+
+    selectivity = accuracy - control accuracy.
+
+Types must recur: whole inputs are all different, and a random label for each says nothing about the test
+part. Here a type is a k-means cell of the inputs themselves, found without the model.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_matrix
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.metrics import f1_score
+from sklearn.preprocessing import normalize
+from sklearn.utils.extmath import randomized_svd
+from threadpoolctl import threadpool_limits
+
+from synapse.data.examples import Examples
+from synapse.errors import DataError, SettingsError, SplitError
+from synapse.probe.probe import Probes, probe_targets
+from synapse.types import Activations
+
+TYPES = 50
+"""Number of input types unless told otherwise."""
+
+_DIMENSIONS = 32
+
+
+def input_types(
+    train: Examples, test: Examples, *, types: int = TYPES, seed: int = 0
+) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]:
+    """Return the type of every train and every test input, from 0; every type occurs in train.
+
+    The cells are those of k-means on the train part. Texts enter as hashed bags of words (of character
+    trigrams where texts are not made of words, such as DNA or URLs), arrays as flattened values in units of
+    their deviation; both are brought down to a few dimensions first. There are at most `types` cells, and at
+    most one for every four train examples.
+
+    Raises:
+        DataError: train and test are not of one kind and shape, or the train inputs are all alike.
+        SettingsError: `types` is below 2.
+    """
+    if types < 2:
+        raise SettingsError(f"{types} input types were asked for: ask for at least 2.")
+    places_train, places_test = _places(train, test, seed)
+    # Rounded, as equal inputs may come to lie a rounding error apart.
+    distinct = len(np.unique(np.round(places_train, 9), axis=0))
+    cells = min(types, len(train) // 4, distinct)
+    if cells < 2:
+        raise DataError(
+            f"The {len(train)} inputs of {train.name} are too few or too much alike to be sorted into types: "
+            "give at least 8 examples that differ."
+        )
+    with threadpool_limits(limits=1):  # sums over threads would differ from machine to machine
+        means = KMeans(cells, n_init=3, random_state=seed).fit(places_train)
+        found, train_types = np.unique(means.labels_, return_inverse=True)
+        test_types = np.searchsorted(found, means.predict(places_test))
+    return train_types.astype(np.int64), test_types.astype(np.int64)
+
+
+def control_targets(
+    train_types: Int[np.ndarray, "train"],
+    test_types: Int[np.ndarray, "test"],
+    train_targets: Int[np.ndarray, "example"],
+    *,
+    seed: int = 0,
+) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]:
+    """Return the control task's targets: for each type one random label, drawn from those of `train_targets`.
+
+    At least two labels occur in train.
+
+    Raises:
+        DataError: there is only one type, or only one label.
+    """
+    found_types, found_labels = len(np.unique(train_types)), len(np.unique(train_targets))
+    if found_types < 2 or found_labels < 2:
+        raise DataError(
+            f"Train has {found_types} types of input and {found_labels} labels: "
+            "a control task needs at least two of each, so give examples that differ."
+        )
+    n_types = int(max(train_types.max(), test_types.max())) + 1
+    label_of = np.random.default_rng(seed).choice(train_targets, size=n_types)
+    if len(np.unique(label_of[train_types])) < 2:
+        others = train_targets[train_targets != label_of[train_types[0]]]
+        label_of[train_types[0]] = np.bincount(others).argmax()
+    return label_of[train_types], label_of[test_types]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeEvaluation:
+    """What the probe of one layer, and its control probe, said of each test example."""
+
+    layer: int
+    predictions: Int[np.ndarray, "example"]
+    targets: Int[np.ndarray, "example"]
+    control_predictions: Int[np.ndarray, "example"]
+    control_targets: Int[np.ndarray, "example"]
+    model_predictions: Int[np.ndarray, "example"]
+    """What the classifier itself said."""
+    penalty: float
+    gradient_norm: float
+    nonzero_units: int
+    """Units with a weight other than 0 for some label."""
+
+    @property
+    def correct(self) -> Bool[np.ndarray, "example"]:
+        """Whether the probe met the target."""
+        return np.asarray(self.predictions == self.targets)
+
+    @property
+    def control_correct(self) -> Bool[np.ndarray, "example"]:
+        """Whether the control probe met the control target."""
+        return np.asarray(self.control_predictions == self.control_targets)
+
+    @property
+    def agrees(self) -> Bool[np.ndarray, "example"]:
+        """Whether the probe says what the classifier says."""
+        return np.asarray(self.predictions == self.model_predictions)
+
+    def outcomes(self) -> dict[str, Float[np.ndarray, "example"]]:
+        """Return the measures that are means over examples, as the values to be averaged, by name.
+
+        `selectivity` is the difference of the two probes on the same example, so its interval is paired.
+        """
+        correct, control_correct = self.correct.astype(np.float64), self.control_correct.astype(np.float64)
+        return {
+            "accuracy": correct,
+            "control_accuracy": control_correct,
+            "selectivity": correct - control_correct,
+            "model_agreement": self.agrees.astype(np.float64),
+        }
+
+    def values(self) -> dict[str, float]:
+        """Return every measure of the probe table by name."""
+        return {
+            **{name: float(values.mean()) for name, values in self.outcomes().items()},
+            "macro_f1": float(f1_score(self.targets, self.predictions, average="macro", zero_division=0.0)),
+            "penalty": self.penalty,
+            "gradient_norm": self.gradient_norm,
+            "nonzero_units": float(self.nonzero_units),
+        }
+
+
+def evaluate_probes(
+    probes: Probes,
+    controls: Probes,
+    activations: Activations,
+    targets: Int[np.ndarray, "example"],
+) -> tuple[ProbeEvaluation, ...]:
+    """Return one evaluation a layer on test activations; `targets` are the control targets of the test part.
+
+    Raises:
+        SplitError: the probes were fitted on these very examples.
+        DataError: labels or number of layers are not those of the probes.
+    """
+    if activations.source == probes.source:
+        raise SplitError(
+            "The probes are to be evaluated on the examples that they were fitted on: "
+            "give activations of other examples."
+        )
+    if activations.labels != probes.labels or activations.n_layers != len(probes):
+        raise DataError(
+            f"The activations have {activations.n_layers} layers and the labels {activations.labels}, "
+            f"the probes {len(probes)} and {probes.labels}: give activations of the same classifier."
+        )
+    return tuple(
+        ProbeEvaluation(
+            layer=probe.layer,
+            predictions=probe.predict(activations.values[probe.layer]),
+            targets=probe_targets(activations, probes.target),
+            control_predictions=controls[probe.layer].predict(activations.values[probe.layer]),
+            control_targets=targets,
+            model_predictions=probe_targets(activations, "model"),
+            penalty=probe.penalty,
+            gradient_norm=probe.gradient_norm,
+            nonzero_units=int(np.any(probe.weights != 0.0, axis=0).sum()),
+        )
+        for probe in probes.probes
+    )
+
+
+def _places(
+    train: Examples, test: Examples, seed: int
+) -> tuple[Float[np.ndarray, "train place"], Float[np.ndarray, "test place"]]:
+    """Return where the inputs lie in a space of few dimensions in which near means alike."""
+    if isinstance(train.inputs, np.ndarray) != isinstance(test.inputs, np.ndarray):
+        raise DataError(f"Of {train.name} and {test.name}, one holds texts and one arrays: give one kind.")
+    texts = not isinstance(train.inputs, np.ndarray)
+    features_train, features_test = _bags(train, test) if texts else _standardised(train, test)
+    if features_train.shape[1] > _DIMENSIONS:
+        _, _, axes = randomized_svd(features_train, _DIMENSIONS, random_state=seed)
+        features_train, features_test = features_train @ axes.T, features_test @ axes.T
+    # Texts of different length on one subject point the same way.
+    return (normalize(features_train), normalize(features_test)) if texts else (features_train, features_test)
+
+
+def _bags(train: Examples, test: Examples) -> tuple[csr_matrix, csr_matrix]:
+    in_words = np.median([len(text.split()) for text in train.inputs]) >= 3
+    analyzer, ngrams = ("word", (1, 1)) if in_words else ("char", (3, 3))
+    bag = HashingVectorizer(analyzer=analyzer, ngram_range=ngrams, n_features=2**14, alternate_sign=False)
+    return bag.transform(train.inputs), bag.transform(test.inputs)
+
+
+def _standardised(
+    train: Examples, test: Examples
+) -> tuple[Float[np.ndarray, "train value"], Float[np.ndarray, "test value"]]:
+    known, new = np.asarray(train.inputs, dtype=np.float64), np.asarray(test.inputs, dtype=np.float64)
+    if known.shape[1:] != new.shape[1:]:
+        raise DataError(
+            f"{train.name} has inputs of shape {known.shape[1:]}, {test.name} of {new.shape[1:]}: "
+            "give examples of one shape."
+        )
+    known, new = known.reshape(len(known), -1), new.reshape(len(new), -1)
+    # A value that is constant in train says nothing of the type: an infinite scale takes it to 0.
+    mean, scale = known.mean(axis=0), np.where(np.ptp(known, axis=0) > 0.0, known.std(axis=0), np.inf)
+    return (known - mean) / scale, (new - mean) / scale

@@ -1,0 +1,238 @@
+"""A run folder, read: `open_run(path) -> Run`."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import zarr
+
+from synapse.errors import RunFolderError
+from synapse.types import SCOPES, Figure
+
+FORMAT = 1
+"""The format of manifest and scorecard that is read here."""
+
+_CELL = (
+    "layer",
+    "depth",
+    "scope",
+    "kind",
+    "strength",
+    "method",
+    "label",
+    "selection",
+    "draw",
+    "fraction",
+    "k",
+)
+_INTERVAL = ("value", "low", "high", "n")
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "probe": ("layer", "depth", "measure", *_INTERVAL, "unit"),
+    "ranking": ("method", "layer", "label", "rank", "unit", "score"),
+    "sweep": (*_CELL, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
+    "attack": (
+        "attack",
+        "location",
+        "source",
+        "target",
+        "arm",
+        "measure",
+        "budget",
+        "budget_unit",
+        *_INTERVAL,
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one study left behind. Tables are read when first asked for; a missing one is an empty frame."""
+
+    path: Path
+    """The run folder."""
+    manifest: Mapping[str, Any]
+    """What was run: settings, model, data, versions, timings."""
+    scorecard: Mapping[str, Any]
+    """The measured figures, by section."""
+
+    @property
+    def title(self) -> str:
+        """The title of the study, or the folder's name where it has none."""
+        return str(self.manifest.get("title") or self.path.name)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class names, in the order of the logits."""
+        return tuple(str(label) for label in self.manifest["labels"])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.manifest["n_layers"])
+
+    @property
+    def width(self) -> int:
+        """Number of units of a block's output."""
+        return int(self.manifest["width"])
+
+    @property
+    def last(self) -> int:
+        """Index of the last block."""
+        return self.n_layers - 1
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scopes that have headroom figures, in the order of `synapse.types.SCOPES`."""
+        measured = self.section("stability", "headroom")
+        return tuple(scope for scope in SCOPES if measured.get(scope))
+
+    @property
+    def method(self) -> str:
+        """The ranking that the scorecard judges: `cumulative-mass` if swept, else the first by name."""
+        swept = self.swept_methods
+        return "cumulative-mass" if "cumulative-mass" in swept else min(swept, default="")
+
+    @property
+    def swept_methods(self) -> tuple[str, ...]:
+        """The methods whose ranking over all classes was swept, in the order of the table."""
+        sweep = self.sweep
+        top = sweep[(sweep["selection"] == "top") & (sweep["label"] == "") & (sweep["method"] != "")]
+        return tuple(str(method) for method in dict.fromkeys(top["method"]))
+
+    def depth(self, layer: int) -> float:
+        """Return the relative depth of a layer, `(layer + 1) / n_layers`, in (0, 1]."""
+        return (layer + 1) / self.n_layers
+
+    def section(self, *keys: str | int) -> Mapping[str, Any]:
+        """Return the part of the scorecard under these keys, empty where it is missing."""
+        part: Any = self.scorecard
+        for key in keys:
+            part = part.get(str(key)) if isinstance(part, Mapping) else None
+        return part if isinstance(part, Mapping) else {}
+
+    def figure(self, *keys: str | int) -> Figure | None:
+        """Return the figure under these keys of the scorecard, None where it was not measured."""
+        part = self.section(*keys)
+        if "value" not in part:
+            return None
+        value, low, high = (_finite(part.get(name)) for name in ("value", "low", "high"))
+        note = str(part.get("note", ""))
+        return Figure(value, low, high, int(part.get("n") or 0), str(part.get("unit", "")), note)
+
+    @cached_property
+    def probe(self) -> pd.DataFrame:
+        """One row per layer and measure of the probes."""
+        return self._table("probe")
+
+    @cached_property
+    def ranking(self) -> pd.DataFrame:
+        """One row per method, layer, label and rank."""
+        return self._table("ranking")
+
+    @cached_property
+    def sweep(self) -> pd.DataFrame:
+        """One row per cell of the sweep."""
+        return self._table("sweep")
+
+    @cached_property
+    def zeroed(self) -> Mapping[tuple[int, str], pd.DataFrame]:
+        """The cells of the sweep that set units to zero, by layer and scope."""
+        zero = self.sweep[self.sweep["kind"] == "zero"]
+        places: dict[tuple[int, str], pd.DataFrame] = {
+            (int(str(layer)), str(scope)): cells for (layer, scope), cells in zero.groupby(["layer", "scope"])
+        }
+        return places
+
+    @cached_property
+    def attack(self) -> pd.DataFrame:
+        """One row per attack, arm, measure and budget."""
+        return self._table("attack")
+
+    @cached_property
+    def clean_margin(self) -> float | None:
+        """Median distance of the highest clean logit from the second one, in logits; None without logits."""
+        if not (self.path / "logits.zarr").is_dir():
+            return None
+        try:
+            clean = np.asarray(zarr.open_group(self.path / "logits.zarr", mode="r")["clean"])
+        except (KeyError, OSError, ValueError) as error:
+            message = f"{self.path / 'logits.zarr'} cannot be read ({error}). Run the study again."
+            raise RunFolderError(message) from error
+        two = np.sort(clean, axis=1)[:, -2:]  # (example, 2): second, highest
+        return float(np.median(two[:, 1] - two[:, 0]))
+
+    def _table(self, name: str) -> pd.DataFrame:
+        path, expected = self.path / "tables" / f"{name}.parquet", _COLUMNS[name]
+        if not path.is_file():
+            return pd.DataFrame({column: [] for column in expected})
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:  # pyarrow's errors are kinds of both
+            raise RunFolderError(f"{path} is no parquet file ({error}). Run the study again.") from error
+        if table.empty:  # nothing was measured; such a table may have no columns either
+            return pd.DataFrame({column: [] for column in expected})
+        if missing := [column for column in expected if column not in table]:
+            raise RunFolderError(
+                f"{path} has no column {', '.join(map(repr, missing))}; this version of SYNAPSE writes "
+                f"{', '.join(expected)}. Run the study again with it."
+            )
+        return table
+
+
+def open_run(path: Path) -> Run:
+    """Return the run in a folder.
+
+    Raises:
+        RunFolderError: no folder, no manifest or scorecard in it, an unfinished study, or another format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is no folder. Give the folder that a study wrote, with manifest.json in it.")
+    manifest = _read(path / "manifest.json")
+    if (status := manifest.get("status")) != "complete":
+        raise RunFolderError(
+            f"The study in {path} did not finish: its status is {status!r}, not 'complete'. "
+            "Run it again with the same output folder to go on where it stopped."
+        )
+    scorecard = _read(path / "scorecard.json")
+    if missing := [key for key in ("labels", "n_layers", "width") if key not in manifest]:
+        raise RunFolderError(f"{path / 'manifest.json'} has no {' and no '.join(missing)}. Run the study again.")
+    return Run(path, manifest, scorecard)
+
+
+def open_runs(paths: Sequence[Path]) -> list[tuple[str, Run]]:
+    """Return every run with a name: its title, and its folder's name where two titles are the same."""
+    runs = [open_run(path) for path in paths]
+    titles = [run.title for run in runs]
+    return [
+        (run.title if titles.count(run.title) == 1 else f"{run.title} ({run.path.resolve().name})", run) for run in runs
+    ]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return a JSON object of the known format."""
+    if not path.is_file():
+        raise RunFolderError(f"{path.parent} has no {path.name}: it is no finished run folder.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"{path} is no JSON ({error}). Run the study again.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise RunFolderError(
+            f"{path} has format {found!r}; this version of SYNAPSE reads format {FORMAT}. "
+            "Read it with the version that wrote it, or run the study again."
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number, or None for null and NaN."""
+    return float(value) if value is not None and math.isfinite(value) else None

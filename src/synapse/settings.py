@@ -1,0 +1,133 @@
+"""The settings of a study: a file (`study.yaml`), command-line options or keyword arguments, checked at the door."""
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import yaml
+
+from synapse.errors import SettingsError, near
+from synapse.ranking import METHODS
+from synapse.sweeping import FRACTIONS, KINDS, Grid, Kind
+from synapse.types import SCOPES, Scope
+
+Amount = int | Literal["all"]
+
+
+class Settings(pydantic.BaseModel):
+    """Everything that a study can be told; the defaults end in minutes on two cores.
+
+    `synapse run study.yaml` reads the same names from a file.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    model: str = pydantic.Field("", description="folder or hub id of a sequence-classification model")
+    train: Path | None = pydantic.Field(None, description="labelled file that probes and rankings are fitted on")
+    test: Path | None = pydantic.Field(None, description="labelled file that everything is measured on")
+    text: str = pydantic.Field("text", description="column of the texts")
+    label: str = pydantic.Field("label", description="column of the labels")
+    labels: tuple[str, ...] | None = pydantic.Field(None, description="class names in the order of the logits")
+    max_length: int | None = pydantic.Field(None, ge=2, description="cut texts at this many tokens")
+    out: Path | None = pydantic.Field(None, description="run folder to make")
+    overwrite: bool = pydantic.Field(False, description="replace a run that is there")
+    device: str = pydantic.Field("auto", description="auto, cpu or cuda")
+    seed: int = pydantic.Field(0, ge=0, description="seed of every random choice")
+    threads: int | None = pydantic.Field(None, ge=1, description="CPU threads (default: all)")
+    title: str | None = pydantic.Field(None, description="title of the report")
+
+    train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
+    examples: Amount = pydantic.Field(100, description="test examples in the sweep, a stratified sample, or 'all'")
+    methods: tuple[str, ...] = pydantic.Field(tuple(METHODS), description="ranking methods; the first is swept")
+    scopes: tuple[Scope, ...] = pydantic.Field(SCOPES, description="where interventions act")
+    fractions: tuple[float, ...] = pydantic.Field(FRACTIONS, description="shares of the width that are edited")
+    kinds: tuple[str, ...] = pydantic.Field(
+        tuple(kind.name for kind in KINDS),
+        description="interventions; the first is swept over the whole grid",
+    )
+    scale: float = pydantic.Field(0.5, description="factor of the scale intervention")
+    noise: float = pydantic.Field(1.0, gt=0, description="noise, in deviations of the neuron")
+    random_sets: int = pydantic.Field(10, ge=10, description="random sets of every size")
+    random_sets_per_example: int = pydantic.Field(1, ge=1, description="how many of them each example meets")
+    noise_draws: int = pydantic.Field(2, ge=1, description="draws of weight noise of every size")
+
+    @pydantic.field_validator("train_examples", "examples")
+    @classmethod
+    def _positive(cls, amount: Amount) -> Amount:
+        if amount != "all" and amount < 2:
+            raise ValueError("2 or more examples, or 'all', are needed")
+        return amount
+
+    @pydantic.field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(methods, tuple(METHODS), "ranking method")
+
+    @pydantic.field_validator("kinds")
+    @classmethod
+    def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(kinds, tuple(kind.name for kind in KINDS), "intervention")
+
+    def grid(self) -> Grid:
+        """Return the sweep's grid."""
+        strength = {"scale": self.scale, "noise": self.noise}
+        kinds = tuple(Kind(name, strength.get(name, float("nan"))) for name in self.kinds)
+        return Grid(
+            scopes=self.scopes,
+            fractions=self.fractions,
+            kinds=kinds,
+            random_sets=self.random_sets,
+            random_sets_per_example=self.random_sets_per_example,
+        )
+
+
+def make_settings(**values: object) -> Settings:
+    """Return checked settings.
+
+    Raises:
+        SettingsError: an unknown name or a value that cannot be; the first problem, in one sentence.
+    """
+    try:
+        return Settings(**values)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"][:1]) or "settings"
+        if problem["type"] == "extra_forbidden":
+            known = Settings.model_fields
+            raise SettingsError(f"There is no setting {name!r}.{near(name, known)}") from error
+        reason = problem["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"The setting {name!r} is {problem['input']!r}: {reason}.") from error
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """Return the settings in a study file; paths in it are relative to the file.
+
+    Raises:
+        SettingsError: no such file, no YAML, or no list of names and values.
+    """
+    if not path.is_file():
+        raise SettingsError(f"There is no study file {str(path)!r}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{str(path)!r} is no readable YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{str(path)!r} holds no settings; lines such as 'model: path/to/model' were expected.")
+    for name in ("train", "test", "out"):
+        if values.get(name) is not None:
+            values[name] = path.parent / str(values[name])
+    model = values.get("model")
+    if model is not None and (path.parent / str(model)).is_dir():
+        values["model"] = str(path.parent / str(model))
+    return {str(name): value for name, value in values.items()}
+
+
+def _known(names: tuple[str, ...], known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"one or more different {what}s are needed")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"there is no {what} {name!r}; there are {', '.join(known)}.{near(name, known)}".rstrip(".")
+            )
+    return names

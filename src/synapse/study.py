@@ -1,0 +1,303 @@
+"""A study, from a classifier and labelled examples to a run folder: the only file that knows the order of the stages."""
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+
+from synapse.attack.head import head_attacks
+from synapse.attack.logits import shift_attacks
+from synapse.attack.noise import noise_attack, noise_cost
+from synapse.data.examples import Examples, sample_examples, shared_inputs
+from synapse.errors import RestoreError, SplitError
+from synapse.measure.attacks import attack_table
+from synapse.measure.probes import probe_rows, probe_table
+from synapse.measure.scorecard import scorecard, sweep_table
+from synapse.model.classifier import Classifier
+from synapse.model.resume import clean_pass
+from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
+from synapse.probe.probe import Probes, fit_probes, refit_probes
+from synapse.ranking import RandomOrder, Ranking, rank
+from synapse.recording import record
+from synapse.report.html import write_report
+from synapse.settings import Amount, Settings
+from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
+from synapse.sweeping import Cost, cost_of, plan, sweep
+from synapse.types import Activations, Progress, Redirection
+
+log = logging.getLogger(__name__)
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with the stage's name, the work done and the work there is."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a study will run, and about how long that takes on this machine."""
+
+    train_examples: int
+    test_examples: int
+    sweep_examples: int
+    sweep: Cost
+    forward_passes: int
+    seconds: float
+
+
+def forecast(classifier: Classifier, train: Examples, test: Examples, settings: Settings) -> Forecast:
+    """Return the plan's cost in full forward passes of one example, and the time, from a timed sample of the test examples.
+
+    The time does not count the probes and the measures, which take seconds to a minute.
+    """
+    n_train, n_test = _amount(settings.train_examples, len(train)), len(test)
+    n_sweep = _amount(settings.examples, len(test))
+    cells = plan(_any_ranking(classifier), settings.grid(), seed=settings.seed)
+    cost = cost_of(cells, n_sweep, classifier.n_layers)
+    noise = noise_cost(classifier, n_sweep, draws=settings.noise_draws)
+    passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
+    return Forecast(n_train, n_test, n_sweep, cost, round(passes), passes * _seconds_per_example(classifier, test))
+
+
+def run_study(
+    classifier: Classifier,
+    train: Examples,
+    test: Examples,
+    *,
+    settings: Settings,
+    out: Path,
+    progress: StageProgress = lambda _stage, _done, _total: None,
+    command: str = "",
+) -> Path:
+    """Study a classifier and leave a run folder at `out`; nothing is left there if the study does not end well.
+
+    Neurons are ranked and attacks are fitted on `train`; everything is measured on `test`. The classifier's weights are
+    compared by SHA-256 before and after.
+
+    Raises:
+        SplitError: `train` and `test` are the same examples.
+        LabelError, SettingsError, RunFolderError: as the message says, before anything is computed.
+        RestoreError: the classifier did not come back as it was.
+    """
+    out = Path(out)
+    check_free(out, overwrite=settings.overwrite)
+    if train.fingerprint == test.fingerprint:
+        raise SplitError(
+            f"{train.name} and {test.name} hold the same examples; neurons must be measured on examples that did not "
+            "choose them. Give one file alone to have it split."
+        )
+    test.targets(classifier.labels)  # labels that do not match are refused now, not after minutes
+    train = train.take(_sample(train, classifier, settings.train_examples, settings.seed))
+    rows = _sample(test, classifier, settings.examples, settings.seed)
+    swept = test.take(rows)
+    timer = _Timer(progress)
+    weights_hash = classifier.weights_hash()
+
+    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, step))
+    probes = timer.stage("probe", lambda _: fit_probes(recorded.train, seed=settings.seed))
+    evaluations = timer.stage("controls", lambda _: _evaluated(probes, recorded, train, test, settings.seed))
+    rankings = timer.stage("rank", lambda _: [rank(recorded.train, probes=probes, method=m) for m in settings.methods])
+    outcome = timer.stage(
+        "sweep",
+        lambda step: sweep(
+            classifier,
+            swept,
+            rankings[0],
+            reference=recorded.train,
+            cells=plan(rankings[0], settings.grid(), seed=settings.seed),
+            progress=step,
+        ),
+    )
+    redirections = timer.stage("attack", lambda _: _redirections(classifier, recorded, settings.seed))
+    noise = timer.stage(
+        "weight noise",
+        lambda step: noise_attack(classifier, swept, seed=settings.seed, draws=settings.noise_draws, progress=step),
+    )
+    if classifier.weights_hash() != weights_hash:
+        raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
+    with timer.measuring("measure"):
+        tables = {
+            "probe": _probe_table(evaluations, classifier, settings.seed),
+            "ranking": pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
+            "sweep": sweep_table(outcome),
+            "attack": attack_table(redirections, noise, outcome.clean_logits, seed=settings.seed),
+        }
+        card = scorecard(
+            test_logits=recorded.test.logits,
+            test_targets=recorded.test.targets,
+            probe_table=tables["probe"],
+            ranking_table=tables["ranking"],
+            sweep=outcome,
+            attack_table=tables["attack"],
+            seed=settings.seed,
+        )
+    with new_run(out, overwrite=settings.overwrite) as draft:
+        for name, table in tables.items():
+            write_table(draft, name, table)
+        write_logits(draft, outcome, rows)
+        write_json(draft / "scorecard.json", card)
+        manifest = _manifest(
+            classifier, train, test, settings, command, weights_hash, timer.seconds, len(rows), outcome
+        )
+        write_json(draft / "manifest.json", manifest)
+        write_report(draft)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    train: Activations
+    test: Activations
+
+
+def _record_both(classifier: Classifier, train: Examples, test: Examples, step: Progress) -> _Recorded:
+    total = len(train) + len(test)
+    first = record(classifier, train, progress=lambda done, _: step(done, total))
+    return _Recorded(first, record(classifier, test, progress=lambda done, _: step(len(train) + done, total)))
+
+
+def _evaluated(
+    probes: Probes, recorded: _Recorded, train: Examples, test: Examples, seed: int
+) -> tuple[ProbeEvaluation, ...]:
+    """Return what the probes and their control probes say of the test examples."""
+    train_types, test_types = input_types(train, test, seed=seed)
+    train_control, test_control = control_targets(train_types, test_types, recorded.train.targets, seed=seed)
+    controls = refit_probes(probes, recorded.train, train_control)
+    return evaluate_probes(probes, controls, recorded.test, test_control)
+
+
+def _probe_table(evaluations: Sequence[ProbeEvaluation], classifier: Classifier, seed: int) -> pd.DataFrame:
+    return probe_table(
+        [
+            row
+            for evaluation in evaluations
+            for row in probe_rows(
+                layer=evaluation.layer,
+                n_layers=classifier.n_layers,
+                outcomes=evaluation.outcomes(),
+                predictions=evaluation.predictions,
+                targets=evaluation.targets,
+                n_labels=len(classifier.labels),
+                settings={
+                    "penalty": evaluation.penalty,
+                    "gradient_norm": evaluation.gradient_norm,
+                    "nonzero_units": evaluation.nonzero_units,
+                },
+                seed=seed,
+            )
+        ]
+    )
+
+
+def _redirections(classifier: Classifier, recorded: _Recorded, seed: int) -> list[Redirection]:
+    found = shift_attacks(recorded.test, seed=seed)
+    if classifier.final is None:
+        log.warning("The head does not end in a linear map, so head edits are left out.")
+        return found
+    weight = classifier.final.weight.detach().float().cpu().numpy()
+    return found + head_attacks(recorded.train, recorded.test, weight, seed=seed)
+
+
+@dataclass(eq=False)
+class _Timer:
+    """Runs stages one after the other, reporting their progress and keeping their seconds."""
+
+    progress: StageProgress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str, work: Callable[[Progress], T]) -> T:
+        with self.measuring(name):
+            return work(lambda done, total: self.progress(name, done, total))
+
+    @contextmanager
+    def measuring(self, name: str) -> Iterator[None]:
+        self.progress(name, 0, 0)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def _amount(asked: Amount, available: int) -> int:
+    return available if asked == "all" else min(asked, available)
+
+
+def _sample(examples: Examples, classifier: Classifier, asked: Amount, seed: int) -> Int[np.ndarray, "example"]:
+    return sample_examples(examples.targets(classifier.labels), _amount(asked, len(examples)), seed=seed)
+
+
+def _any_ranking(classifier: Classifier) -> Ranking:
+    """Return a ranking of the right shape: what a plan costs does not depend on the order."""
+    shape = (classifier.n_layers, 1 + len(classifier.labels), classifier.width)
+    return Ranking(RandomOrder().name, np.random.default_rng(0).random(shape), classifier.labels, source="")
+
+
+def _seconds_per_example(classifier: Classifier, examples: Examples, n: int = 64) -> float:
+    rows = np.linspace(0, len(examples) - 1, min(n, len(examples))).astype(int)
+    batches = list(classifier.batches(examples.take(rows).inputs))
+    clean_pass(classifier, batches[0])  # the first pass pays for warming up
+    start = time.perf_counter()
+    for batch in batches:
+        clean_pass(classifier, batch)
+    return (time.perf_counter() - start) / len(rows)
+
+
+def _manifest(
+    classifier: Classifier,
+    train: Examples,
+    test: Examples,
+    settings: Settings,
+    command: str,
+    weights_hash: str,
+    seconds: dict[str, float],
+    n_swept: int,
+    outcome: Any,
+) -> dict[str, Any]:
+    anatomy = classifier.anatomy
+    packages = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "zarr", "pandas")
+    return {
+        "format": FORMAT,
+        "status": "complete",
+        "title": settings.title or classifier.name,
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "synapse_version": version("synapse"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(classifier.device),
+        },
+        "seed": settings.seed,
+        "settings": settings.model_dump(mode="json"),
+        "model": {
+            "name": classifier.name,
+            "hash": weights_hash,
+            "blocks": list(anatomy.blocks),
+            "width": anatomy.width,
+            "readout": anatomy.readout,
+            "head": list(anatomy.head),
+            "parameters": sum(p.numel() for p in classifier.module.parameters()),
+            "proofs": dict(anatomy.proofs),
+        },
+        "data": {
+            "train": {"name": train.name, "hash": train.fingerprint, "n": len(train)},
+            "test": {"name": test.name, "hash": test.fingerprint, "n": len(test)},
+            "shared_inputs": shared_inputs(train, test),
+        },
+        "labels": list(classifier.labels),
+        "n_layers": classifier.n_layers,
+        "width": classifier.width,
+        "sweep": {"examples": n_swept, "cells": len(outcome.cells), "sampled": n_swept < len(test)},
+        "timings": {**seconds, "total": round(sum(seconds.values()), 3)},
+    }

@@ -1,0 +1,277 @@
+"""The plan of a sweep: which neurons, where, with which intervention, on which examples; and what it costs.
+
+A *cell* is one intervention (layer, neurons, scope, kind). Cells that come to the same edit on the
+same examples are one *run*.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from synapse.errors import SettingsError, near
+from synapse.perturb.activations import Intervention, Mean, Noise, Scale, Zero
+from synapse.ranking.base import Ranking
+from synapse.types import GLOBAL, SCOPES, Activations, Neurons, Scope, Selection
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
+"""Shares of the width, dense at both ends: in early layers little is lost before nearly all is gone."""
+
+COLUMNS = (
+    "layer",
+    "depth",
+    "scope",
+    "kind",
+    "strength",
+    "method",
+    "label",
+    "selection",
+    "draw",
+    "fraction",
+    "k",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of intervention with its strength: the factor of `scale`, or deviations of `noise`."""
+
+    name: str
+    strength: float = float("nan")
+
+    def of(self, neurons: Neurons, scope: Scope, reference: Activations) -> Intervention:
+        """Return the intervention on these neurons; means and deviations are those of the reference examples."""
+        if self.name == "zero":
+            return Zero(neurons, scope=scope)
+        if self.name == "scale":
+            return Scale(neurons, scope=scope, factor=self.strength)
+        units = list(neurons.units)
+        mean, deviation = _moments(reference, neurons.layer, scope)
+        if self.name == "mean":
+            return Mean(neurons, scope=scope, values=tuple(float(v) for v in mean[units]))
+        if self.name == "noise":
+            deviations = tuple(float(v) for v in deviation[units])
+            return Noise(neurons, scope=scope, strength=self.strength, deviations=deviations)
+        known = ("zero", "mean", "scale", "noise")
+        raise SettingsError(
+            f"There is no intervention {self.name!r}; the kinds are {', '.join(known)}.{near(self.name, known)}"
+        )
+
+
+_MOMENT_KINDS = ("mean", "noise")  # they carry numbers of one layer and one set of rows
+ZERO = Kind("zero")
+KINDS = (ZERO, Kind("mean"), Kind("scale", 0.5), Kind("noise", 1.0))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a study sweeps; every field can be widened by those who will wait.
+
+    The first kind is swept over all of `fractions` from the top and at random, over `bottom_fractions` from the bottom
+    and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and random, where the
+    numbers they need exist. There are `random_sets` random sets of each size; each example meets
+    `random_sets_per_example` of them, in turn.
+    """
+
+    scopes: tuple[Scope, ...] = SCOPES
+    fractions: tuple[float, ...] = FRACTIONS
+    bottom_fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
+    label_fractions: tuple[float, ...] = (0.1, 0.5, 0.9)
+    kinds: tuple[Kind, ...] = KINDS
+    kind_fractions: tuple[float, ...] = (0.1, 0.5, 0.9)
+    random_sets: int = 10
+    random_sets_per_example: int = 1
+
+    def __post_init__(self) -> None:
+        shares = (*self.fractions, *self.bottom_fractions, *self.label_fractions, *self.kind_fractions)
+        if any(not 0 < share <= 1 for share in shares):
+            raise SettingsError(
+                f"The fractions {sorted(set(shares))} include some outside (0, 1]; they are shares of the width."
+            )
+        if not 1 <= self.random_sets_per_example <= self.random_sets:
+            raise SettingsError(
+                f"{self.random_sets_per_example} random sets an example were asked for; 1 to {self.random_sets} "
+                "(random_sets) was expected."
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One intervention of a plan.
+
+    `share` is None where it runs on every example; (turn, sets, per_example) where examples take turns: example i
+    meets the sets whose turn `(i + turn) % sets` is below `per_example`.
+    """
+
+    neurons: Neurons
+    scope: Scope
+    kind: Kind
+    method: str
+    label: str
+    selection: Selection
+    draw: int
+    fraction: float
+    share: tuple[int, int, int] | None = None
+
+    def runs(self, n_examples: int) -> Bool[np.ndarray, "example"]:
+        """Return which examples the cell runs on."""
+        if self.share is None:
+            return np.ones(n_examples, dtype=bool)
+        turn, sets, per_example = self.share
+        return (np.arange(n_examples) + turn) % sets < per_example
+
+
+def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
+    """Return the cells of a grid: every layer, scope, kind, size and end of the ranking, global and for each class."""
+    cells = []
+    for layer, scope, kind in product(range(len(ranking.scores)), grid.scopes, grid.kinds):
+        if scope == "readout-onward" and kind.name in _MOMENT_KINDS:
+            continue  # the moments of one layer say nothing about a later one
+        build = _CellBuilder(ranking, layer, scope, kind)
+        first = kind == grid.kinds[0]
+        fractions = grid.fractions if first else grid.kind_fractions
+        whole = 1.0 in fractions
+        fractions = tuple(f for f in fractions if f < 1)
+        cells += [build.top(f) for f in fractions]
+        cells += [build.everything()] if whole else []
+        for turn, (fraction, draw) in enumerate(product(fractions, range(grid.random_sets))):
+            # Shifting the turn with the size spreads the sets evenly over the examples.
+            share = (draw + turn // grid.random_sets, grid.random_sets, grid.random_sets_per_example)
+            every = grid.random_sets == grid.random_sets_per_example
+            cells.append(build.random(fraction, draw, None if every else share, seed))
+        if first:
+            cells += [build.bottom(f) for f in grid.bottom_fractions if f < 1]
+            cells += [build.top(f, label) for label in ranking.labels for f in grid.label_fractions if f < 1]
+    return cells
+
+
+@dataclass(frozen=True, eq=False)
+class _CellBuilder:
+    """Builds the cells of one (layer, scope, kind)."""
+
+    ranking: Ranking
+    layer: int
+    scope: Scope
+    kind: Kind
+
+    def top(self, fraction: float, label: str = GLOBAL) -> Cell:
+        neurons = self.ranking.top(fraction, layer=self.layer, label=label)
+        return Cell(neurons, self.scope, self.kind, self.ranking.method, label, "top", -1, fraction)
+
+    def bottom(self, fraction: float) -> Cell:
+        neurons = self.ranking.bottom(fraction, layer=self.layer)
+        return Cell(neurons, self.scope, self.kind, self.ranking.method, GLOBAL, "bottom", -1, fraction)
+
+    def random(self, fraction: float, draw: int, share: tuple[int, int, int] | None, seed: int) -> Cell:
+        neurons = self.ranking.random(fraction, layer=self.layer, seed=seed * 1009 + draw)
+        return Cell(neurons, self.scope, self.kind, "random", GLOBAL, "random", draw, fraction, share)
+
+    def everything(self) -> Cell:
+        neurons = Neurons(self.layer, tuple(range(self.ranking.width)))
+        return Cell(neurons, self.scope, self.kind, "", GLOBAL, "top", -1, 1.0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs: runs of an example under a cell, and block passes in all (one block on one example each)."""
+
+    cells: int
+    runs: int
+    block_passes: int
+
+    def forward_passes(self, n_layers: int) -> float:
+        """Return the cost in full forward passes of one example."""
+        return self.block_passes / n_layers
+
+
+def cost_of(cells: Sequence[Cell], n_examples: int, n_layers: int) -> Cost:
+    """Return what the plan will really run, after equal cells were merged."""
+    runs = merged_runs(cells, n_examples, n_layers)
+    total = sum(int(run.examples.sum()) for run in runs)
+    blocks = sum(int(run.examples.sum()) * (n_layers - 1 - run.layer) for run in runs)
+    return Cost(len(cells), total, blocks + n_examples * n_layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Cells that come to the same edit on the same examples, run once for all of them.
+
+    `cells` are their positions in the plan, `examples` says which examples it runs on.
+    """
+
+    neurons: Neurons
+    scope: Scope
+    kind: Kind
+    cells: tuple[int, ...]
+    examples: Bool[np.ndarray, "example"]
+
+    @property
+    def layer(self) -> int:
+        """The layer that is edited."""
+        return self.neurons.layer
+
+    def intervention(self, reference: Activations) -> Intervention:
+        """Return the intervention, with the means and deviations of the reference examples."""
+        return self.kind.of(self.neurons, self.scope, reference)
+
+
+def merged_runs(cells: Sequence[Cell], n_examples: int, n_layers: int) -> list[Run]:
+    """Return what has to be run for these cells: equal edits of the same examples once."""
+    merged: dict[tuple[object, ...], list[int]] = {}
+    for position, cell in enumerate(cells):
+        units = tuple(sorted(cell.neurons.units))
+        key = (cell.neurons.layer, _effective_scope(cell, n_layers), repr(cell.kind), units, cell.share)
+        merged.setdefault(key, []).append(position)
+    return [
+        Run(
+            neurons=cells[positions[0]].neurons,
+            scope=_effective_scope(cells[positions[0]], n_layers),
+            kind=cells[positions[0]].kind,
+            cells=tuple(positions),
+            examples=cells[positions[0]].runs(n_examples),
+        )
+        for positions in merged.values()
+    ]
+
+
+def _effective_scope(cell: Cell, n_layers: int) -> Scope:
+    """Return `readout` for every scope at the last layer: the head reads that row only, as was proved on load."""
+    # Means and deviations of `all` are taken over all rows, so those kinds stay apart.
+    own_moments = cell.scope == "all" and cell.kind.name in _MOMENT_KINDS
+    return "readout" if cell.neurons.layer == n_layers - 1 and not own_moments else cell.scope
+
+
+def _moments(
+    reference: Activations, layer: int, scope: Scope
+) -> tuple[Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
+    """Return mean and deviation of every unit over the rows that the scope edits."""
+    if scope == "all":
+        if reference.row_mean is None or reference.row_deviation is None:
+            raise SettingsError("The activations carry no moments over all rows; record them again with `record`.")
+        return reference.row_mean[layer], reference.row_deviation[layer]
+    values = reference.values[layer]
+    return values.mean(axis=0), values.std(axis=0)
+
+
+def cells_frame(cells: Sequence[Cell], n_layers: int) -> pd.DataFrame:
+    """Return the columns of the `sweep` table that say what a cell is, one row a cell."""
+    rows = [
+        (
+            cell.neurons.layer,
+            (cell.neurons.layer + 1) / n_layers,
+            cell.scope,
+            cell.kind.name,
+            cell.kind.strength,
+            cell.method,
+            cell.label,
+            cell.selection,
+            cell.draw,
+            cell.fraction,
+            len(cell.neurons),
+        )
+        for cell in cells
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,0 +1,200 @@
+"""Sweep: the logits of every example under every cell of a plan.
+
+Each run starts at the layer it edits, and the runs of one layer and scope share forward passes.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from synapse.data.examples import Examples
+from synapse.errors import SettingsError, SplitError
+from synapse.model.classifier import Classifier
+from synapse.model.hooks import edited_outputs
+from synapse.model.resume import CleanPass, clean_pass, resume
+from synapse.perturb.activations import AffineEdit, Intervention, noise_for
+from synapse.ranking.base import Ranking
+from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Run, cells_frame, merged_runs, plan
+from synapse.types import Activations, Progress, Scope, Sweep, silent
+
+log = logging.getLogger(__name__)
+
+Results = Iterator[tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Float[np.ndarray, "pair label"]]]
+"""Pairs of a run and an example of the batch, with their logits, a chunk at a time."""
+
+TOLERANCE = 1e-4
+"""Largest logit difference from the plain hooked forward at which the resumed one is trusted."""
+
+
+def sweep(
+    classifier: Classifier,
+    examples: Examples,
+    ranking: Ranking,
+    *,
+    reference: Activations,
+    cells: Iterable[Cell] | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    engine: str = "resume",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Sweep:
+    """Return the logits of the examples under every cell.
+
+    `cells` is a plan of your own; without one, the default grid with these `fractions` is swept. `reference` (the
+    training examples) gives the means and deviations that `mean` and `noise` use. `engine` is `resume` (start at the
+    edited layer) or `plain` (the whole model under hooks for every cell). The first runs of each layer and scope are
+    compared with `plain`; where their logits differ by more than `TOLERANCE`, these are run plain, with a warning.
+
+    Raises:
+        SplitError: the examples are those that the ranking was made from.
+        SettingsError: an unknown engine.
+    """
+    if examples.fingerprint == ranking.source:
+        raise SplitError(
+            f"The neurons were ranked on {examples.name}, and the sweep was to measure them on the same examples; use "
+            "examples that the ranking has not seen, or the result flatters the ranking."
+        )
+    if engine not in ("resume", "plain"):
+        raise SettingsError(f"There is no engine {engine!r}; 'resume' or 'plain' was expected.")
+    planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
+    targets = examples.targets(classifier.labels)
+    runs = merged_runs(planned, len(examples), classifier.n_layers)
+    groups = _grouped(runs, reference, classifier, plain=engine == "plain")
+    results = np.full((len(runs), len(examples), len(classifier.labels)), np.nan, dtype=np.float32)
+    clean_logits = np.empty((len(examples), len(classifier.labels)), dtype=np.float32)
+    done, total = 0, sum(int(run.examples.sum()) for run in runs)
+    for batch in classifier.batches(examples.inputs):
+        clean = clean_pass(classifier, batch)
+        clean_logits[batch.index] = clean.logits.float().cpu().numpy()
+        for group in groups:
+            for run, example, logits in group.results(classifier, clean):
+                results[run, batch.index[example]] = logits
+                done += len(run)
+                progress(done, total)
+    logits = np.empty((len(planned), *results.shape[1:]), dtype=np.float32)
+    for row, merged in enumerate(runs):
+        logits[list(merged.cells)] = results[row]
+    return Sweep(cells_frame(planned, classifier.n_layers), logits, clean_logits, targets, classifier.labels)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Runs of one layer and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
+
+    `asked` says which of all examples each run is about. `trusted` says whether resuming gives the plain forward's
+    logits; None as long as it was not compared.
+    """
+
+    layer: int
+    scope: Scope
+    noisy: bool
+    rows: Int[np.ndarray, "run"]
+    interventions: list[Intervention]
+    asked: Bool[np.ndarray, "run all"]
+    edit: AffineEdit
+    trusted: bool | None
+
+    def results(self, classifier: Classifier, clean: CleanPass) -> Results:
+        """Yield the logits of all runs on the batch's examples, each run on those it asks for."""
+        run, example = np.nonzero(self.asked[:, clean.batch.index])
+        if len(run) and self.trusted is None:
+            self.trusted = self._agrees_with_plain(classifier, clean, run, example)
+        if not self.trusted:
+            yield from self._plain(classifier, clean, run, example)
+            return
+        noise = self._noise(classifier, clean)
+        size = max(1, classifier.max_tokens // clean.n_tokens)
+        for start in range(0, len(run), size):
+            chunk = slice(start, start + size)
+            yield (
+                self.rows[run[chunk]],
+                example[chunk],
+                self._resumed(classifier, clean, run[chunk], example[chunk], noise),
+            )
+
+    def _resumed(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        run: Int[np.ndarray, "pair"],
+        example: Int[np.ndarray, "pair"],
+        noise: dict[int, torch.Tensor],
+    ) -> Float[np.ndarray, "pair label"]:
+        chosen = torch.from_numpy(example).to(classifier.device)
+        edit = self.edit.take(torch.from_numpy(run).to(classifier.device))
+        rows = None if self.scope == "all" else classifier.readout_rows(clean.batch, clean.n_tokens)[chosen]
+
+        def edit_at(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda states: edit(states, rows, noise[layer][chosen] if noise else None)
+
+        later = self._edited_layers(classifier)[1:]
+        with torch.inference_mode(), edited_outputs([(classifier.blocks[layer], edit_at(layer)) for layer in later]):
+            states = edit_at(self.layer)(clean.states[self.layer][chosen])
+            return resume(classifier, clean, self.layer, states, chosen).float().cpu().numpy()
+
+    def _plain(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        run: Int[np.ndarray, "pair"],
+        example: Int[np.ndarray, "pair"],
+    ) -> Results:
+        for one in np.unique(run):
+            mine = example[run == one]
+            with classifier.edited(self.interventions[one]):
+                logits = classifier.forward(clean.batch).float().cpu().numpy()
+            yield np.full(len(mine), self.rows[one]), mine, logits[mine]
+
+    def _agrees_with_plain(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        run: Int[np.ndarray, "pair"],
+        example: Int[np.ndarray, "pair"],
+    ) -> bool:
+        """Compare a few runs, from the smallest set to the largest, with the plain hooked forward."""
+        sizes = np.array([len(intervention.neurons) for intervention in self.interventions])
+        by_size = np.unique(run)[np.argsort(sizes[np.unique(run)], kind="stable")]
+        few = np.isin(run, by_size[np.linspace(0, len(by_size) - 1, 3).astype(int)])
+        resumed = self._resumed(classifier, clean, run[few], example[few], self._noise(classifier, clean))
+        plain = np.concatenate([logits for _, _, logits in self._plain(classifier, clean, run[few], example[few])])
+        worst = float(np.abs(plain - resumed).max())
+        if worst > TOLERANCE:
+            log.warning(
+                "Layer %d, scope %s: resumed logits differ from the plain forward by %.1e (at most %.0e is trusted); "
+                "it is run plain, which is slower.",
+                *(self.layer, self.scope, worst, TOLERANCE),
+            )
+        return worst <= TOLERANCE
+
+    def _edited_layers(self, classifier: Classifier) -> range:
+        return range(self.layer, classifier.n_layers if self.scope == "readout-onward" else self.layer + 1)
+
+    def _noise(self, classifier: Classifier, clean: CleanPass) -> dict[int, torch.Tensor]:
+        """Return the noise of every example of the batch at each edited layer; nothing where none is needed."""
+        layers = self._edited_layers(classifier) if self.noisy else ()
+        return {
+            layer: noise_for(clean.batch, layer, clean.n_tokens, classifier.width, seed=0).to(classifier.device)
+            for layer in layers
+        }
+
+
+def _grouped(runs: Sequence[Run], reference: Activations, classifier: Classifier, *, plain: bool) -> list[_Group]:
+    members: dict[tuple[int, Scope, bool], list[int]] = defaultdict(list)
+    for row, run in enumerate(runs):
+        members[run.layer, run.scope, run.kind.name == "noise"].append(row)
+    groups = []
+    for (layer, scope, noisy), rows in sorted(members.items()):
+        chosen = [runs[row] for row in rows]
+        interventions = [run.intervention(reference) for run in chosen]
+        edit = AffineEdit.stacked([each.edit(classifier.width) for each in interventions]).to(classifier.device)
+        asked = np.stack([run.examples for run in chosen])
+        groups.append(
+            _Group(layer, scope, noisy, np.array(rows), interventions, asked, edit, trusted=False if plain else None)
+        )
+    return groups

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+from fabricated_run import N, build_run, change_json, figure
+
+from synapse.report import summary_lines
+from synapse.report.findings import key_numbers, resupplied
+from synapse.report.run import open_run
+from synapse.report.words import blocks, fraction, measured, number
+from synapse.types import Figure
+
+
+def set_headroom(run: Path, scope: str, layer: int, value: float) -> None:
+    change_json(run / "scorecard.json", ["stability", "headroom", scope, str(layer)], figure(value))
+
+
+def test_five_sentences_are_made_from_the_numbers(run_folder: Path) -> None:
+    lines = summary_lines(run_folder)
+
+    assert len(lines) == 5
+    assert lines[0] == (
+        "The unedited classifier has an accuracy of 0.90 [0.88, 0.92], n = 1,900, where always naming the "
+        "most frequent class gets 0.40; its weakest class is “<script>alert(1)</script>” with a recall of "
+        "0.85 [0.81, 0.89], n = 60."
+    )
+
+
+def test_an_unharmed_row_where_all_rows_matter_is_called_resupply(run_folder: Path) -> None:
+    sentence = summary_lines(run_folder)[1]
+
+    assert resupplied(open_run(run_folder)) == [0, 1]
+    assert sentence == (
+        "At blocks 0 and 1 ablation of the readout row ([CLS]) alone shows re-supply, not redundancy: "
+        "losing the whole row costs no accuracy that can be told from zero (at most 0.01 [−0.03, 0.05], n "
+        "= 200), while losing all rows costs at least 0.60 [0.56, 0.64], n = 200, because later blocks "
+        "read the answer again from the other tokens."
+    )
+
+
+def test_a_row_that_matters_at_every_block_is_no_resupply(run_folder: Path) -> None:
+    for layer in (0, 1):
+        set_headroom(run_folder, "readout", layer, 0.2)
+
+    assert resupplied(open_run(run_folder)) == []
+    assert summary_lines(run_folder)[1].startswith(
+        "Every block needs the readout row: losing it once costs at least 0.20"
+    )
+
+
+def test_a_block_that_nothing_depends_on_is_not_called_resupply(run_folder: Path) -> None:
+    for layer in (0, 1):
+        set_headroom(run_folder, "all", layer, 0.05)  # the interval lies above zero, but the loss is small
+
+    assert resupplied(open_run(run_folder)) == []
+    assert "cannot be told apart" in summary_lines(run_folder)[1]
+
+
+def test_without_the_scope_of_all_rows_nothing_is_called_redundant(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", scopes=("readout",))
+
+    assert "may be re-supply and is no evidence of redundancy" in summary_lines(run)[1]
+
+
+@pytest.mark.parametrize(
+    ("quality", "verdict"),
+    [
+        (0.1, "removing ranked units costs more than removing random ones"),
+        (0.01, "the ranking cannot be told from a random order"),
+        (-0.1, "the ranking misleads"),
+    ],
+)
+def test_a_ranking_is_judged_against_random_units(run_folder: Path, quality: float, verdict: str) -> None:
+    keys = ["stability", "ordering_quality", "readout", "2"]
+    change_json(run_folder / "scorecard.json", keys, figure(quality))
+
+    assert verdict in summary_lines(run_folder)[2]
+
+
+def test_the_redirect_that_is_named_is_the_smallest_one(run_folder: Path) -> None:
+    keys = ["vulnerability", "head_edit", "d50", "spam", "ham"]
+    change_json(run_folder / "scorecard.json", keys, figure(0.003, 0.001))
+
+    assert "turns half of “spam” into “ham” is 0.003 of the norm of its weights" in summary_lines(run_folder)[4]
+
+
+@pytest.mark.parametrize("section", ["clean", "stability", "redundancy", "specialisation", "vulnerability"])
+def test_a_missing_section_costs_its_sentences_only(run_folder: Path, section: str) -> None:
+    change_json(run_folder / "scorecard.json", [section], ...)
+
+    assert 3 <= len(summary_lines(run_folder)) <= 5
+
+
+def test_an_unused_place_never_becomes_a_key_number(run_folder: Path) -> None:
+    change_json(run_folder / "scorecard.json", ["redundancy", "removable", "readout", "2", "value"], None)
+    change_json(run_folder / "scorecard.json", ["redundancy", "removable", "all"], {})
+
+    assert "Removable share" not in {card.name for card in key_numbers(open_run(run_folder))}
+
+
+def test_numbers_are_written_as_a_paper_writes_them() -> None:
+    assert measured(Figure(0.891, 0.858, 0.919, 1900, "accuracy")) == "0.89 [0.86, 0.92], n = 1,900"
+    assert measured(Figure(None, None, None, N, "", "not used here")) == "not used here"
+    assert [number(x) for x in (-0.031, -0.001, 0.0, 1234.5, 0.0042, None)] == [
+        "−0.03",
+        "−0.001",
+        "0.00",
+        "1,234.50",
+        "0.004",
+        "–",
+    ]
+    assert [fraction(x) for x in (0.005, 0.25, 1.0)] == ["0.5 %", "25 %", "100 %"]
+    assert [blocks(x) for x in ([3], [0, 1], [0, 1, 2], [0, 2, 5])] == [
+        "block 3",
+        "blocks 0 and 1",
+        "blocks 0 to 2",
+        "blocks 0, 2 and 5",
+    ]

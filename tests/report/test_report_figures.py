@@ -1,0 +1,176 @@
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from fabricated_run import CLEAN, build_run, change_json, figure
+from scipy.stats import binomtest
+
+from synapse.report import figures
+from synapse.report.curves import ablation_curve, wilson
+from synapse.report.run import open_run
+
+
+def traces(figure: go.Figure | None, name: str) -> list[go.Scatter]:
+    assert figure is not None
+    return [trace for trace in figure.data if trace.name == name]
+
+
+def test_headroom_stands_by_scope_and_block_with_hollow_marks_where_it_may_be_zero(run_folder: Path) -> None:
+    shown = figures.headroom(open_run(run_folder)).shown
+
+    (readout,) = traces(shown, "readout row, this block only")
+    (everything,) = traces(shown, "all rows, this block")
+    assert readout.y == (0.01, 0.01, 0.5)
+    assert readout.marker.symbol == ("circle-open", "circle-open", "circle")
+    assert everything.y == (0.6, 0.6, 0.6)
+    assert everything.error_y.arrayminus == pytest.approx([0.04, 0.04, 0.04])
+
+
+def test_an_ablation_curve_runs_from_the_clean_model_to_everything_removed(run_folder: Path) -> None:
+    run = open_run(run_folder)
+
+    curve = ablation_curve(run, layer=2, scope="readout", selection="top", method="cumulative-mass")
+
+    assert list(curve["fraction"]) == [0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1]
+    assert curve["accuracy"].iloc[0] == pytest.approx(CLEAN)
+    assert curve["accuracy"].iloc[4] == pytest.approx(CLEAN - 0.5 * 0.5**1.2)
+    assert curve["accuracy"].iloc[-1] == pytest.approx(CLEAN - 0.5)
+
+
+def test_random_sets_are_pooled_by_the_examples_that_each_ran(run_folder: Path) -> None:
+    path = run_folder / "tables" / "sweep.parquet"
+    table = pd.read_parquet(path)
+    here = (table["layer"] == 2) & (table["scope"] == "all") & (table["fraction"] == 0.5)
+    for draw, (n, accuracy) in enumerate([(30, 0.8), (10, 0.4)]):
+        cell = here & (table["selection"] == "random") & (table["draw"] == draw)
+        table.loc[cell, ["n", "accuracy"]] = [n, accuracy]
+    table.to_parquet(path)
+
+    curve = ablation_curve(open_run(run_folder), layer=2, scope="all", selection="random", method="cumulative-mass")
+
+    at_half = curve[curve["fraction"] == 0.5].iloc[0]
+    expected = binomtest(28, 40).proportion_ci(method="wilson")  # 30 x 0.8 + 10 x 0.4 of 40 are right
+    assert at_half["accuracy"] == pytest.approx(0.7)
+    assert (at_half["low"], at_half["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_a_random_set_that_ran_nothing_does_not_count(run_folder: Path) -> None:
+    path = run_folder / "tables" / "sweep.parquet"
+    table = pd.read_parquet(path)
+    idle = (table["selection"] == "random") & (table["draw"] == 1)
+    table["accuracy"] = table["accuracy"].mask(idle)
+    table["n"] = table["n"].mask(idle, 0)
+    table.to_parquet(path)
+
+    curve = ablation_curve(open_run(run_folder), layer=2, scope="all", selection="random", method="")
+
+    assert not curve["accuracy"].isna().any()
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 20), (7, 20), (20, 20)])
+def test_the_interval_of_pooled_sets_is_scipys_wilson_interval(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(method="wilson")
+
+    assert wilson(hits / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_small_multiples_show_every_block_on_equally_spaced_steps(run_folder: Path) -> None:
+    panel = figures.ablation(open_run(run_folder))
+
+    tops = traces(panel.figures[0, 0], "highest ranked first")
+    assert len(tops) == 3
+    assert tops[2].x == tuple(range(9))
+    assert tops[2].y[-1] == pytest.approx(CLEAN - 0.5)
+    assert panel.choices[0].options == ("readout row, this block only", "all rows, this block")
+
+
+def test_the_heat_map_has_a_row_for_each_block_and_a_column_for_each_share(run_folder: Path) -> None:
+    shown = figures.layer_by_fraction(open_run(run_folder)).figures[1, 0]
+
+    (cells,) = shown.data
+    assert [len(row) for row in cells.z] == [9, 9, 9]
+    assert cells.z[0][-1] == pytest.approx(CLEAN - 0.6)  # all rows of block 0
+
+
+def test_class_drops_are_shown_where_used_and_greyed_where_not(run_folder: Path) -> None:
+    panel = figures.recall_drop(open_run(run_folder))
+
+    (used,) = panel.figures[0, 2].data
+    (unused,) = panel.figures[0, 0].data
+    assert [used.z[i][i] for i in range(3)] == pytest.approx([0.42, 0.37, 0.32])
+    assert {value for row in unused.z for value in row} == {None}
+    assert panel.figures[0, 0].layout.annotations[0].text == "not used here"
+
+
+def test_searched_and_random_redirects_stand_side_by_side(run_folder: Path) -> None:
+    shown = figures.redirect(open_run(run_folder)).shown
+
+    assert shown is not None
+    searched, random = shown.data
+    assert searched.text[0][1] == "0.13"  # ham into spam
+    assert searched.text[0][0] == ""
+    assert list(random.text[0]) == ["", "1.50", ""]
+    assert random.customdata[0][2] == "not reached"
+
+
+def test_a_classes_shift_curve_is_the_tables_and_its_control_is_dashed(run_folder: Path) -> None:
+    run = open_run(run_folder)
+
+    attacked, control = traces(figures.logit_shift(run).shown, "ham")
+
+    table = run.attack[(run.attack["attack"] == "logit-shift") & (run.attack["target"] == "ham")]
+    assert attacked.y == tuple(table[table["arm"] == "attack"]["value"])
+    assert (attacked.line.dash, control.line.dash) == ("solid", "dash")
+
+
+def test_noise_curves_have_one_line_a_part(run_folder: Path) -> None:
+    shown = figures.weight_noise(open_run(run_folder)).shown
+
+    assert shown is not None
+    assert [trace.name for trace in shown.data] == ["block 0", "block 1", "block 2", "head"]
+
+
+def test_class_names_are_escaped_in_every_figure(run_folder: Path) -> None:
+    for panel in figures.panels(open_run(run_folder)):
+        for drawn in panel.figures.values():
+            assert "<script" not in drawn.to_json()
+
+
+@pytest.mark.parametrize("section", ["clean", "probe", "stability", "redundancy", "specialisation", "vulnerability"])
+def test_a_missing_section_of_the_scorecard_breaks_no_figure(run_folder: Path, section: str) -> None:
+    change_json(run_folder / "scorecard.json", [section], ...)
+
+    panels = figures.panels(open_run(run_folder))
+
+    assert all(bool(panel.figures) != bool(panel.missing) for panel in panels)
+
+
+@pytest.mark.parametrize(
+    ("table", "lost"), [("sweep", {"ablation", "heat"}), ("attack", {"shift", "noise"}), ("ranking", set())]
+)
+def test_a_missing_table_costs_its_figures_only(run_folder: Path, table: str, lost: set[str]) -> None:
+    (run_folder / "tables" / f"{table}.parquet").unlink()
+
+    panels = figures.panels(open_run(run_folder))
+
+    assert {panel.key for panel in panels if panel.missing} == lost
+
+
+def test_seven_classes_and_twelve_blocks_fit(tmp_path: Path) -> None:
+    labels = [f"class {i} with quite a long name" for i in range(7)]
+    run = open_run(build_run(tmp_path / "run", n_layers=12, labels=labels))
+
+    titles = [note.text for note in figures.ablation(run).figures[0, 0].layout.annotations]
+
+    assert titles == [f"block {i}" for i in range(12)]
+    assert all(panel.figures for panel in figures.panels(run))
+
+
+def test_a_figure_without_an_interval_is_drawn_without_one(run_folder: Path) -> None:
+    bare = figure(0.3) | {"low": None, "high": None}
+    change_json(run_folder / "scorecard.json", ["specialisation", "overlap", "0"], bare)
+
+    (drawn,) = traces(figures.overlap(open_run(run_folder)).shown, "top tenths of two classes")
+
+    assert (drawn.error_y.array[0], drawn.error_y.arrayminus[0]) == (0, 0)

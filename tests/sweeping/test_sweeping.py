@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+from planted import B_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
+
+from synapse.errors import SettingsError, SplitError
+from synapse.ranking.base import Ranking
+from synapse.recording import record
+from synapse.sweeping import KINDS, Cell, Grid, Kind, cost_of, plan, sweep
+from synapse.types import Neurons
+
+SMALL = Grid(
+    fractions=(0.1, 0.5, 1.0),
+    bottom_fractions=(0.5,),
+    label_fractions=(0.5,),
+    kind_fractions=(0.5,),
+    random_sets=10,
+)
+
+
+def some_ranking(classifier, *, source="elsewhere"):
+    shape = (classifier.n_layers, 1 + len(classifier.labels), classifier.width)
+    return Ranking("made-up", np.random.default_rng(4).random(shape), classifier.labels, source)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2"])
+def test_every_cell_equals_its_intervention_applied_to_the_whole_model(architecture):
+    classifier, examples = random_classifier(architecture), random_examples(11, seed=1)
+    reference = record(classifier, random_examples(20, seed=2))
+    cells = plan(some_ranking(classifier), SMALL, seed=3)
+    swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
+    assert len(swept.cells) == len(cells)
+    assert {kind.name for kind in KINDS} == set(swept.cells["kind"])
+    for cell, logits in zip(cells, swept.logits, strict=True):
+        with classifier.edited(cell.kind.of(cell.neurons, cell.scope, reference)):
+            whole = classifier.predict(examples)
+        ran = cell.runs(len(examples))
+        np.testing.assert_allclose(logits[ran], whole[ran], atol=3e-5)
+        assert np.isnan(logits[~ran]).all()
+
+
+def test_the_plain_engine_and_the_resumed_one_agree():
+    classifier, examples = random_classifier("bert"), random_examples(9, seed=1)
+    reference = record(classifier, random_examples(12, seed=2))
+    options = {"reference": reference, "cells": plan(some_ranking(classifier), SMALL)}
+    resumed = sweep(classifier, examples, some_ranking(classifier), **options)
+    plain = sweep(classifier, examples, some_ranking(classifier), engine="plain", **options)
+    np.testing.assert_allclose(resumed.logits, plain.logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 5000])
+def test_batch_size_and_order_of_the_examples_do_not_change_a_sweep(max_tokens):
+    classifier, examples = random_classifier("bert"), random_examples(10, seed=1)
+    reference = record(classifier, random_examples(12, seed=2))
+    cells = [cell for cell in plan(some_ranking(classifier), SMALL) if cell.share is None]
+    first = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
+    classifier.max_tokens = max_tokens
+    backwards = examples.take(np.arange(10)[::-1])
+    second = sweep(classifier, backwards, some_ranking(classifier), reference=reference, cells=cells)
+    np.testing.assert_allclose(second.logits[:, ::-1], first.logits, atol=3e-5)
+
+
+def test_a_layer_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeypatch, caplog):
+    import synapse.sweeping.run as module
+
+    classifier, examples = random_classifier("bert"), random_examples(6, seed=1)
+    reference = record(classifier, random_examples(12, seed=2))
+    options = {"reference": reference, "cells": plan(some_ranking(classifier), SMALL)}
+    right = sweep(classifier, examples, some_ranking(classifier), engine="plain", **options)
+    good = module.resume
+    monkeypatch.setattr(module, "resume", lambda *args: good(*args) + 0.01 * (args[2] == 1))
+    swept = sweep(classifier, examples, some_ranking(classifier), **options)
+    np.testing.assert_allclose(swept.logits, right.logits, atol=2e-5)
+    assert {record.getMessage()[:8] for record in caplog.records} == {"Layer 1,"}
+
+
+def test_each_example_meets_the_asked_number_of_random_sets_at_each_size():
+    classifier = planted_classifier()
+    cells = plan(some_ranking(classifier), Grid(random_sets=10, random_sets_per_example=3), seed=1)
+    random = [c for c in cells if c.selection == "random" and c.kind == Kind("zero") and c.neurons.layer == 0]
+    at_half = [c for c in random if c.fraction == 0.5 and c.scope == "all"]
+    assert len(at_half) == 10
+    assert len({c.neurons.units for c in at_half}) == 10
+    np.testing.assert_array_equal(sum(c.runs(25).astype(int) for c in at_half), 3)
+
+
+def test_random_sets_are_nested_and_the_same_for_every_scope():
+    classifier = planted_classifier()
+    cells = [c for c in plan(some_ranking(classifier), SMALL, seed=1) if c.selection == "random" and c.draw == 4]
+    by_size = {(c.neurons.layer, c.scope, c.fraction): set(c.neurons.units) for c in cells}
+    assert by_size[0, "all", 0.1] < by_size[0, "all", 0.5]
+    assert by_size[0, "all", 0.5] == by_size[0, "readout", 0.5]
+
+
+def test_at_the_last_layer_the_three_scopes_are_run_once():
+    classifier = planted_classifier()
+    everything = Neurons(1, tuple(range(16)))
+    cells = [
+        Cell(everything, scope, Kind("zero"), "", "", "top", -1, 1.0) for scope in ("readout", "readout-onward", "all")
+    ]
+    cost = cost_of(cells, n_examples=5, n_layers=2)
+    assert (cost.cells, cost.runs) == (3, 5)
+    examples = planted_examples(5, seed=1)
+    swept = sweep(
+        classifier,
+        examples,
+        some_ranking(classifier),
+        reference=record(classifier, planted_examples(6, seed=2)),
+        cells=cells,
+    )
+    np.testing.assert_array_equal(swept.logits[0], swept.logits[2])
+    np.testing.assert_allclose(swept.logits[0], np.tile([1.0, 0.0, 0.0], (5, 1)))
+
+
+def test_neurons_may_not_be_measured_on_the_examples_that_chose_them():
+    classifier, examples = planted_classifier(), planted_examples(6, seed=1)
+    reference = record(classifier, examples)
+    with pytest.raises(SplitError, match="ranked on planted-1"):
+        sweep(classifier, examples, some_ranking(classifier, source=examples.fingerprint), reference=reference)
+
+
+def test_impossible_grids_and_engines_are_refused():
+    with pytest.raises(SettingsError, match=r"include some outside \(0, 1\]"):
+        Grid(fractions=(0.5, 1.5))
+    with pytest.raises(SettingsError, match="11 random sets an example were asked for"):
+        Grid(random_sets_per_example=11)
+    classifier, examples = planted_classifier(), planted_examples(6, seed=1)
+    with pytest.raises(SettingsError, match="no engine 'warp'"):
+        sweep(
+            classifier,
+            examples,
+            some_ranking(classifier),
+            reference=record(classifier, examples),
+            engine="warp",
+        )
+    with pytest.raises(SettingsError, match="no intervention 'zeroo'.*Did you mean 'zero'"):
+        Kind("zeroo").of(Neurons(0, (1,)), "readout", record(classifier, examples))
+
+
+def test_the_model_is_unchanged_after_a_sweep_that_dies_half_way():
+    classifier, examples = planted_classifier(), planted_examples(40, seed=1)
+    before = classifier.weights_hash()
+
+    def die(done, _total):
+        if done > 100:
+            raise MemoryError("half way")
+
+    with pytest.raises(MemoryError, match="half way"):
+        sweep(
+            classifier,
+            examples,
+            some_ranking(classifier),
+            reference=record(classifier, planted_examples(6, seed=2)),
+            progress=die,
+        )
+    assert classifier.weights_hash() == before
+    modules = list(classifier.module.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks and "forward" not in m.__dict__ for m in modules)
+
+
+def test_ablating_the_planted_neuron_takes_its_class_and_leaves_the_others():
+    classifier, examples = planted_classifier(), planted_examples(30, seed=1)
+    cells = [Cell(Neurons(1, (B_UNIT,)), "readout", Kind("zero"), "", "", "top", -1, 1 / 16)]
+    reference = record(classifier, planted_examples(6, seed=2))
+    swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
+    clean = swept.clean_logits.argmax(axis=1)
+    np.testing.assert_array_equal(swept.logits[0].argmax(axis=1), np.where(clean == 1, 0, clean))

@@ -1,0 +1,78 @@
+"""What the documents promise exists: commands, options, links and Python names."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import synapse
+from synapse.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+COMMANDS = typer.main.get_command(app).commands
+
+
+def shell_lines(path: Path) -> list[str]:
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.removeprefix("$ ").strip() for line in joined.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_synapse_command_in_a_document_exists_with_its_options(path):
+    for line in shell_lines(path):
+        words = shlex.split(line, comments=True)
+        if not words or not words[0].endswith("synapse"):
+            continue
+        command = COMMANDS[words[1]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= known | {"--help"}, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_make_target_in_a_document_exists(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for line in shell_lines(path):
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "make":
+            assert set(words[1:]) <= targets, line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if not link.startswith(("http://", "https://", "mailto:")):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_readme_shows_the_two_commands_first():
+    assert shell_lines(ROOT / "README.md")[:2] == ["make demo", "make test"]
+
+
+def test_the_public_names_are_those_listed():
+    for name in synapse.__all__:
+        assert getattr(synapse, name) is not None
+
+
+def test_names_used_in_the_readme_are_public():
+    used = set(re.findall(r"\bsyn\.(\w+)", (ROOT / "README.md").read_text()))
+    assert used
+    assert used <= set(synapse.__all__)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_help_of_every_command_shows_an_example_that_parses(command):
+    text = COMMANDS[command].help or ""
+    example = re.search(r"Example: `(synapse [^`]+)`", text)
+    assert example, command
+    words = shlex.split(example[1])
+    assert words[1] == command
+    with COMMANDS[command].make_context(command, words[2:], resilient_parsing=False):
+        pass

@@ -1,0 +1,80 @@
+"""Values flow one way: an import may only point to a room that stands earlier in this list of what each may know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "synapse"
+
+# room -> the rooms that it may import
+ALLOWED = {
+    "errors": set(),
+    "types": set(),
+    "data": {"errors", "types"},
+    "model": {"errors", "types", "data"},
+    "recording": {"errors", "types", "data", "model"},
+    "probe": {"errors", "types", "data"},
+    "ranking": {"errors", "types", "probe"},
+    "perturb": {"errors", "types", "model"},
+    "attack": {"errors", "types", "data", "model", "perturb"},
+    "sweeping": {"errors", "types", "data", "model", "perturb", "ranking"},
+    "measure": {"errors", "types"},
+    "store": {"errors", "types"},
+    "report": {"errors", "types"},
+    "settings": {"errors", "types", "ranking", "sweeping"},
+    "study": {
+        *("errors", "types", "data", "model", "recording", "probe", "ranking", "sweeping", "attack"),
+        *("measure", "store", "report", "settings"),
+    },
+    "demo": {"errors", "types", "data", "model", "settings", "study"},
+    "cli": {"errors", "data", "model", "settings", "study", "demo", "report", "store"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+FILES = [path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_never_run_back_up(path):
+    room = room_of(path)
+    own = {name.split(".")[1] for name in imported_modules(path) if name.startswith("synapse.")}
+    assert own - {room} <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("room", ["measure", "report", "store", "data"])
+def test_what_reads_files_and_arrays_needs_no_torch(room):
+    files = [path for path in FILES if room_of(path) == room]
+    assert files
+    for path in files:
+        assert not {name for name in imported_modules(path) if name.split(".")[0] in ("torch", "transformers")}
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in FILES} == set(ALLOWED)
+
+
+def test_only_the_command_line_writes_to_the_terminal():
+    for path in FILES:
+        if room_of(path) != "cli":
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
+
+
+def test_nothing_is_pickled():
+    for path in FILES:
+        assert not {name for name in imported_modules(path) if name.split(".")[0] in ("pickle", "joblib", "dill")}, path
