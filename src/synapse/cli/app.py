@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,10 @@ import typer
 
 from synapse.cli import terminal
 from synapse.errors import SettingsError, SynapseError
+
+# Threads that wait for work sleep instead of spinning. Read when PyTorch loads its OpenMP library, so it stands before
+# that; where other processes want the cores too, spinning makes everything many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="synapse",
@@ -186,7 +191,7 @@ def demo(
     for finished in runs:
         terminal.show_run(finished)
     terminal.out.print("\n[bold]Side by side[/bold]")
-    terminal.show_table(comparison_table(runs))
+    terminal.show_comparison(comparison_table(runs))
     comparison = write_comparison(runs, out)
     for page in (*(finished / "report.html" for finished in runs), comparison):
         terminal.out.print(f"Report: {page}", markup=False)
@@ -225,7 +230,7 @@ def compare(
 
     if len(runs) < 2:
         raise SettingsError(f"{len(runs)} run was given; two or more are needed for a comparison.")
-    terminal.show_table(comparison_table(runs))
+    terminal.show_comparison(comparison_table(runs))
     terminal.out.print(f"Report: {write_comparison(runs, out)}", markup=False)
 
 

@@ -1,5 +1,6 @@
 """What the terminal shows: progress while it works, scorecards and comparisons when it is done."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from synapse.report.findings import key_numbers, summary_lines
 from synapse.report.run import open_run
 from synapse.study import Forecast, StageProgress
 
-out = Console(highlight=False, soft_wrap=True)
+# A file or a pipe has no width of its own; tables are not cut to that of a small terminal there.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -63,13 +65,13 @@ def show_run(run: Path) -> None:
         out.print(f"- {_plain(line)}")
 
 
-def show_table(table: pd.DataFrame) -> None:
-    """Print a table, one row a run."""
+def show_comparison(table: pd.DataFrame) -> None:
+    """Print a comparison: a row for each measure, a column for each run."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in table.columns:
-        shown.add_column(_plain(str(column)))
-    for row in table.itertuples(index=False):
-        shown.add_row(*(_plain(str(value)) for value in row))
+    for name in ("", *(str(run) for run in table.index)):
+        shown.add_column(_plain(name))
+    for measure, values in table.T.iterrows():
+        shown.add_row(_plain(str(measure)), *(_plain(str(value)) for value in values))
     out.print(shown)
 
 

@@ -1,0 +1,191 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
+
+import synapse.study
+from synapse.errors import RestoreError, RunFolderError, SettingsError, SplitError
+from synapse.settings import make_settings, read_settings
+from synapse.study import forecast, run_study
+
+QUICK = {"examples": 30, "train_examples": 120, "fractions": (0.1, 0.5, 1.0), "kinds": ("zero", "noise")}
+
+
+def study(out, *, classifier=None, train_seed=1, test_seed=2, **changes):
+    return run_study(
+        classifier or planted_classifier(),
+        planted_examples(150, seed=train_seed),
+        planted_examples(60, seed=test_seed),
+        settings=make_settings(**{**QUICK, **changes}),
+        out=out,
+    )
+
+
+@pytest.fixture(scope="module")
+def planted_run(tmp_path_factory):
+    return study(tmp_path_factory.mktemp("runs") / "planted")
+
+
+def test_a_run_folder_holds_what_it_promises(planted_run):
+    names = {str(path.relative_to(planted_run)) for path in planted_run.rglob("*") if path.parent.name != "logits.zarr"}
+    tables = {f"tables/{name}.parquet" for name in ("probe", "ranking", "sweep", "attack")}
+    assert {"manifest.json", "scorecard.json", "report.html", "logits.zarr", *tables} <= names
+    manifest = json.loads((planted_run / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["sweep"] == {
+        "examples": 30,
+        "cells": len(pd.read_parquet(planted_run / "tables" / "sweep.parquet")),
+        "sampled": True,
+    }
+
+
+def test_the_planted_neurons_come_first_by_every_method(planted_run):
+    ranking = pd.read_parquet(planted_run / "tables" / "ranking.parquet")
+    first = ranking[(ranking["rank"] == 0) & (ranking["method"] != "random")]
+    assert set(first["method"]) == {"cumulative-mass", "linear", "probeless"}
+    assert set(first[first["label"] == "b"]["unit"]) == {B_UNIT}
+    assert set(first[first["label"] == "c"]["unit"]) == {C_UNIT}
+
+
+def test_ablating_a_class_own_neurons_takes_that_class_and_no_other(planted_run):
+    card = json.loads((planted_run / "scorecard.json").read_text())
+    sweep = pd.read_parquet(planted_run / "tables" / "sweep.parquet")
+    tenth = sweep[
+        (sweep["kind"] == "zero") & (sweep["label"] == "b") & (sweep["fraction"] == 0.1) & (sweep["layer"] == 1)
+    ]
+    # a tenth of 16 units is 2: unit 5 and, at best, one that does not matter or unit 9
+    assert (tenth["accuracy"] <= 2 / 3 + 1e-9).all()
+    drops = card["specialisation"]["recall_drop"]["readout"]["1"]
+    assert drops["b"]["b"]["value"] == 1.0
+    assert drops["c"]["c"]["value"] == 1.0
+    assert drops["b"]["a"]["value"] == 0.0
+
+
+def test_headroom_is_what_losing_the_planted_neurons_costs(planted_run):
+    headroom = json.loads((planted_run / "scorecard.json").read_text())["stability"]["headroom"]
+    # All classes fall to the constant class a, which a third of the examples are. After the first block the second
+    # passes [CLS] on and adds a thousandth of the other rows, too little to bring the decision back.
+    for scope in ("readout", "readout-onward", "all"):
+        for layer in ("0", "1"):
+            assert headroom[scope][layer]["value"] == pytest.approx(2 / 3)
+
+
+def test_the_same_seed_gives_the_same_scorecard(planted_run, tmp_path):
+    again = study(tmp_path / "again")
+    assert (again / "scorecard.json").read_bytes() == (planted_run / "scorecard.json").read_bytes()
+    first, second = (json.loads((run / "manifest.json").read_text()) for run in (planted_run, again))
+    for manifest in (first, second):
+        del manifest["timings"], manifest["created"]
+    assert first == second
+
+
+def test_another_seed_gives_another_sample(planted_run, tmp_path):
+    other = study(tmp_path / "other", seed=5)
+    assert (other / "scorecard.json").read_bytes() != (planted_run / "scorecard.json").read_bytes()
+
+
+def test_a_study_that_dies_inside_an_intervention_leaves_the_model_as_it_was(tmp_path):
+    classifier = planted_classifier()
+    before = {name: value.clone() for name, value in classifier.module.state_dict().items()}
+
+    def die(stage, done, total):
+        if stage == "sweep" and done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(
+            classifier,
+            planted_examples(150, seed=1),
+            planted_examples(60, seed=2),
+            settings=make_settings(**QUICK),
+            out=tmp_path / "run",
+            progress=die,
+        )
+    assert all(value.equal(before[name]) for name, value in classifier.module.state_dict().items())
+    modules = list(classifier.module.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks and "forward" not in m.__dict__ for m in modules)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_did_not_come_back_is_not_reported_on(tmp_path, monkeypatch):
+    classifier = planted_classifier()
+    honest = synapse.study.noise_attack
+
+    def careless(*arguments, **options):
+        classifier.module.head.bias.data[0] += 1e-6
+        return honest(*arguments, **options)
+
+    monkeypatch.setattr(synapse.study, "noise_attack", careless)
+    with pytest.raises(RestoreError, match="not what they were before the study"):
+        study(tmp_path / "run", classifier=classifier)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_examples_twice_and_a_taken_place_are_refused_before_any_work(tmp_path):
+    def never(*_):
+        raise AssertionError("no stage should have begun")
+
+    same = planted_examples(30, seed=1)
+    with pytest.raises(SplitError, match="hold the same examples"):
+        run_study(planted_classifier(), same, same, settings=make_settings(), out=tmp_path / "run", progress=never)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="is no run folder"):
+        run_study(
+            planted_classifier(),
+            planted_examples(30, seed=1),
+            planted_examples(30, seed=2),
+            settings=make_settings(),
+            out=tmp_path / "taken",
+            progress=never,
+        )
+
+
+def test_the_forecast_counts_what_the_sweep_then_runs():
+    classifier, train, test = planted_classifier(), planted_examples(150, seed=1), planted_examples(60, seed=2)
+    planned = forecast(classifier, train, test, make_settings(**QUICK))
+    assert (planned.train_examples, planned.test_examples, planned.sweep_examples) == (120, 60, 30)
+    # 2 blocks: a run at block 0 costs one block pass, a run at block 1 none; the clean pass costs 2 an example
+    at_block_0 = planned.sweep.block_passes - 30 * 2
+    assert 0 < at_block_0 < planned.sweep.runs
+    assert planned.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"exmaples": 10}, "There is no setting 'exmaples'. Did you mean 'examples' or 'train_examples'?"),
+        ({"examples": 1}, "The setting 'examples' is 1: 2 or more examples, or 'all', are needed."),
+        ({"methods": ("lineer",)}, "there is no ranking method 'lineer'"),
+        ({"kinds": ()}, "one or more different interventions are needed"),
+        ({"random_sets": 3}, "The setting 'random_sets' is 3"),
+        ({"scopes": ("cls",)}, "The setting 'scopes' is 'cls'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_a_sentence(values, message):
+    with pytest.raises(SettingsError) as caught:
+        make_settings(**values)
+    assert message in str(caught.value)
+
+
+def test_a_study_file_is_read_relative_to_itself(tmp_path):
+    (tmp_path / "study.yaml").write_text("model: some/hub-id\ntrain: a.csv\nexamples: all\nfractions: [0.5, 1.0]\n")
+    settings = make_settings(**read_settings(tmp_path / "study.yaml"))
+    assert (settings.model, settings.train, settings.examples) == ("some/hub-id", tmp_path / "a.csv", "all")
+    assert settings.grid().fractions == (0.5, 1.0)
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(SettingsError, match="holds no settings"):
+        read_settings(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(SettingsError, match="is no readable YAML"):
+        read_settings(tmp_path / "broken.yaml")
+    with pytest.raises(SettingsError, match="There is no study file"):
+        read_settings(tmp_path / "none.yaml")
+
+
+def test_grids_that_cannot_be_are_refused_as_settings():
+    with pytest.raises(SettingsError, match="outside"):
+        make_settings(fractions=(0.5, 2.0)).grid()
+    assert np.isclose(make_settings(scale=0.25).grid().kinds[2].strength, 0.25)
