@@ -1,9 +1,9 @@
 """A tiny Transformer whose neurons have known roles, and others with random weights.
 
-In the planted model a text is a row of token ids. Row 0 is [CLS]. The token `B_TOKEN` carries a 1 in unit `B_UNIT`, `C_TOKEN` in
-`C_UNIT`; every other token carries noise in the other units. The first block copies the two units from all rows to [CLS] (by
-their mean over the rows, scaled so that presence is 1); the later blocks pass it on. The head reads unit `B_UNIT` for class "b",
-`C_UNIT` for class "c", and gives class "a" a constant.
+In the planted model an example is a row of token ids; row 0 is [CLS]. The token `B_TOKEN` carries a 1 in unit `B_UNIT`,
+`C_TOKEN` in `C_UNIT`; every other token carries noise in the other units. The first block adds these two units of all
+rows to [CLS]; the later ones pass it on, and add next to nothing. The head reads unit `B_UNIT` for class "b", `C_UNIT`
+for class "c", and gives class "a" a constant.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ LABELS = ("a", "b", "c")
 
 
 class GatherBlock(nn.Module):
-    """Adds the sum of chosen units over all rows to the [CLS] row, by a linear map as attention would."""
+    """Adds the two planted units, summed over the other rows, to [CLS]."""
 
     def __init__(self, gain: float) -> None:
         super().__init__()

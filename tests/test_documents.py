@@ -76,3 +76,21 @@ def test_the_help_of_every_command_shows_an_example_that_parses(command):
     assert words[1] == command
     with COMMANDS[command].make_context(command, words[2:], resilient_parsing=False):
         pass
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """On the demo's HTTP classifier, whose classes include the one that the example names."""
+    import pandas as pd
+
+    from synapse.demo.domains import domain
+
+    requests = domain("cybersecurity")
+    for split, n in (("train", 150), ("test", 20)):
+        examples = requests.examples(split).take(range(0, 10 * n, 10) if split == "train" else range(0, 50 * n, 50))
+        pd.DataFrame({"text": examples.inputs, "label": examples.labels}).to_csv(tmp_path / f"{split}.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code.replace("path/to/model", str(requests.folder)), names)
+    assert names["logits"].shape == (20, 5)
+    assert "headroom" in capsys.readouterr().out

@@ -37,7 +37,7 @@ class Settings(pydantic.BaseModel):
     title: str | None = pydantic.Field(None, description="title of the report")
 
     train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
-    examples: Amount = pydantic.Field(100, description="test examples in the sweep, a stratified sample, or 'all'")
+    examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
     methods: tuple[str, ...] = pydantic.Field(tuple(METHODS), description="ranking methods; the first is swept")
     scopes: tuple[Scope, ...] = pydantic.Field(SCOPES, description="where interventions act")
     fractions: tuple[float, ...] = pydantic.Field(FRACTIONS, description="shares of the width that are edited")

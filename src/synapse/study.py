@@ -1,4 +1,4 @@
-"""A study, from a classifier and labelled examples to a run folder: the only file that knows the order of the stages."""
+"""A study, from a classifier and examples to a run folder: the only file that knows the order of the stages."""
 
 import logging
 import platform
@@ -57,9 +57,10 @@ class Forecast:
 
 
 def forecast(classifier: Classifier, train: Examples, test: Examples, settings: Settings) -> Forecast:
-    """Return the plan's cost in full forward passes of one example, and the time, from a timed sample of the test examples.
+    """Return the plan's cost in full forward passes of one example, and the time they take here.
 
-    The time does not count the probes and the measures, which take seconds to a minute.
+    The time is that of a sample of test examples, scaled; the probes and the measures, which take seconds to a minute,
+    are not counted.
     """
     n_train, n_test = _amount(settings.train_examples, len(train)), len(test)
     n_sweep = _amount(settings.examples, len(test))

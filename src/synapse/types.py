@@ -103,8 +103,8 @@ class Sweep:
 class Redirection:
     """One attack on the examples of `source` towards `target`, scored on examples it was not fitted on.
 
-    `needed[d, i]` is the smallest budget at which draw d redirects example `examples[i]` (infinite: never); a fitted attack
-    has one draw, its random control several. `others` are the examples of other classes that the clean model gets
+    `needed[d, i]` is the smallest budget at which draw d redirects example `examples[i]` (infinite: never); a fitted
+    attack has one draw, its random control several. `others` are examples of other classes that the clean model gets
     right, and `broken_at[d, j]` the smallest budget at which other j is lost: the collateral. `share` is the share of
     fitting examples that the attack was made to redirect (NaN for attacks that are not fitted). `source` is empty for
     "every other class".

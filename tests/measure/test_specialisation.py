@@ -36,6 +36,15 @@ def test_overlap_is_the_mean_jaccard_of_the_top_tenths():
     assert (overlap[0].low, overlap[0].high, overlap[0].n) == (None, None, 3)
 
 
+def test_two_classes_with_one_ranking_have_no_overlap_and_no_specificity():
+    table = ranking(20, a=[3, 7], b=[3, 7])
+    sweep = make_sweep([FULL, ablated(4, 4, "a"), ablated(4, 4, "b")], TARGETS)
+    found = measure.specialisation(sweep, table)
+    ((specificity,), (asymmetry,)) = (list(by["all"].values()) for by in (found.specificity, found.asymmetry))
+    for figure in (found.overlap[0], specificity, asymmetry):
+        assert (figure.value, figure.note) == (None, "the classes share one ranking")
+
+
 def test_chance_overlap_agrees_with_all_pairs_of_sets():
     sets = [set(units) for units in combinations(range(20), 2)]
     expected = np.mean([len(a & b) / len(a | b) for a in sets for b in sets])
@@ -54,7 +63,7 @@ def test_rankings_at_random_fall_into_the_range_of_chance():
 
 
 def test_overlap_prefers_cumulative_mass_and_leaves_the_global_ranking_out():
-    table = ranking(20, a=[3, 7], b=[3, 7])
+    table = ranking(20, a=[3, 7], b=[7, 3])
     other = ranking(20, a=[0, 1], b=[2, 3]).assign(method="attribution")
     everything = pd.concat([other, table, ranking(20, a=[0, 1]).assign(label="")])
     assert measure.class_overlap(everything)[0][0].value == 1

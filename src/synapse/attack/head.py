@@ -31,7 +31,7 @@ def head_attacks(
     """Return what each fitted edit needs on the test examples, for every ordered pair of classes, beside its control.
 
     The edit adds v to the target's row and takes v from the source's, so its norm is sqrt(2) * ||v||. Budgets are
-    relative to the Frobenius norm of `weight`. The control is a Gaussian matrix of the same Frobenius norm. At most `max_fit`
+    relative to the Frobenius norm of `weight`. The control is a Gaussian matrix of the same norm. At most `max_fit`
     examples of a class are used for fitting.
 
     Raises:
@@ -82,8 +82,8 @@ def smallest_step(
     """Return a short v with v . h_i >= required_i for the given share of the examples.
 
     Which examples to take is a hard choice, so the easiest under the present direction are taken, the shortest v for
-    exactly these is solved for, and the choice is made again; ||v|| never grows from one round to the next. The start is
-    the mean feature, which is the shortest edit for the mean example.
+    exactly these is solved for, and the choice is made again; ||v|| never grows from one round to the next. It starts
+    from the mean feature, which is the shortest edit for the mean example.
     """
     n_taken = max(1, int(np.ceil(share * len(required))))
     best: Float[np.ndarray, feature] = features.mean(axis=0)

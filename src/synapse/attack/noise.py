@@ -12,7 +12,7 @@ from synapse.model.resume import CleanPass, clean_pass, resume
 from synapse.perturb.weights import HEAD, WeightNoise, places
 from synapse.types import NoiseCurve, Progress, silent
 
-BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Relative norms ||dW||/||W|| that are tried, of every weight matrix of the place at once."""
 
 

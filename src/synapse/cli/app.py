@@ -68,7 +68,7 @@ def run(
         int | None, typer.Option(help="Cut texts at this many tokens. [the model's own limit]")
     ] = None,
     train_examples: Annotated[str | None, typer.Option(help="Training examples used, or 'all'. [2000]")] = None,
-    examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [100]")] = None,
+    examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [64]")] = None,
     methods: Annotated[str | None, typer.Option(help="Ranking methods, with commas; the first is swept.")] = None,
     scopes: Annotated[str | None, typer.Option(help="Where interventions act, with commas.")] = None,
     fractions: Annotated[str | None, typer.Option(help="Shares of the width to edit, with commas.")] = None,

@@ -1,7 +1,8 @@
-"""The `attack` table: success, collateral and smallest budgets of every attack and its random control, with intervals."""
+"""The `attack` table: success, collateral and smallest budgets of every attack and of its random control."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def attack_table(
 
 
 def _budget_grid(redirections: Iterable[Redirection]) -> Float[np.ndarray, "budget"]:
-    """Return budgets that span the success curves of the real attacks, so that controls are shown over the same range."""
+    """Return budgets that span the success curves of the real attacks; controls are shown over the same range."""
     needed = np.concatenate([r.needed.ravel() for r in redirections if r.arm == "attack"])
     finite = needed[np.isfinite(needed) & (needed > 0)]
     if len(finite) == 0:
@@ -87,16 +88,15 @@ def _redirection_rows(r: Redirection, grid: Float[np.ndarray, "budget"], *, seed
     rows = []
     fitted = not np.isnan(r.share)
     if not fitted or r.share == SHARES["d50"]:
-        for budget in grid:
-            success = _pooled_rate(r.needed <= budget, unit="examples", seed=seed)
-            rows.append(maker.row("success", float(budget), success))
+        successes = _rates(r.needed, grid, unit="examples", seed=seed)
+        rows += [maker.row("success", float(b), success) for b, success in zip(grid, successes, strict=True)]
     for measure, share in SHARES.items():
         if fitted and r.share != share:
             continue
         smallest = smallest_budget(r.needed, share, unit=r.unit, seed=seed)
         rows.append(maker.row(measure, float("nan"), smallest))
         if smallest.value is not None and len(r.others):
-            lost = _pooled_rate(r.broken_at <= smallest.value, unit="accuracy", seed=seed)
+            (lost,) = _rates(r.broken_at, np.array([smallest.value]), unit="accuracy", seed=seed)
             rows.append(maker.row("collateral", smallest.value, lost))
     return rows
 
@@ -104,31 +104,40 @@ def _redirection_rows(r: Redirection, grid: Float[np.ndarray, "budget"], *, seed
 def smallest_budget(needed: Float[np.ndarray, "draw example"], share: float, *, unit: str, seed: int) -> Figure:
     """Return the smallest budget that redirects a share of the (draw, example) pairs, resampled by example.
 
-    The value is None where even the largest budget does not get there; an open upper end is the largest
-    finite one seen.
+    The value is None where even the largest budget does not get there; an open upper end is the largest finite
+    budget seen.
     """
     n_draws, n = needed.shape
-    resamples = resample(n, seed=seed)
     order = np.argsort(needed, axis=None, kind="stable")
     budgets = needed.ravel()[order]
+    reached = float(np.isfinite(budgets).mean())
+    if reached < share:
+        return Figure(None, None, None, n, unit, f"not reached: {reached:.0%} at any budget")
     # Every draw of an example counts as often as the example does.
-    covered = np.cumsum(resamples.weights[:, order % n], axis=1)
+    covered = np.cumsum(_resamples(n, seed).weights[:, order % n], axis=1)
     first = np.array([np.searchsorted(c, share * n * n_draws - 1e-9) for c in covered])
     found = budgets[np.minimum(first, len(budgets) - 1)]
-    if not np.isfinite(found[0]):
-        reached = float(np.isfinite(budgets).mean())
-        return Figure(None, None, None, n, unit, f"not reached: {reached:.0%} at any budget")
     finite = np.where(np.isfinite(found), found, budgets[np.isfinite(budgets)].max())
     low, high = np.quantile(finite[1:], (0.025, 0.975))
     return Figure(float(found[0]), float(min(low, found[0])), float(max(high, found[0])), n, unit)
 
 
-def _pooled_rate(hits: np.ndarray, *, unit: str, seed: int) -> Figure:
-    """Return the share of hits over (draw, example) pairs: exact for one draw, resampled by example for several."""
-    if len(hits) == 1:
-        return rate(int(hits.sum()), hits.shape[1], unit=unit)
-    resamples = resample(hits.shape[1], seed=seed)
-    return figure(resamples.mean(hits.mean(axis=0)[None])[:, 0], n=hits.shape[1], unit=unit, bounds=(0, 1))
+def _rates(
+    needed: Float[np.ndarray, "draw example"], budgets: Float[np.ndarray, "budget"], *, unit: str, seed: int
+) -> list[Figure]:
+    """Return the share of (draw, example) pairs that each budget reaches: exact for one draw, else by resampling."""
+    n = needed.shape[1]
+    hits = (needed <= budgets[:, None, None]).mean(axis=1)  # (budget, example)
+    if len(needed) == 1:
+        return [rate(int(row.sum()), n, unit=unit) for row in hits]
+    means = _resamples(n, seed).mean(hits)
+    return [figure(means[:, b], n=n, unit=unit, bounds=(0, 1)) for b in range(len(budgets))]
+
+
+@lru_cache(maxsize=4)
+def _resamples(n: int, seed: int) -> Resamples:
+    """Return the resamples of n examples; an attack and its controls, which follow each other, share them."""
+    return resample(n, seed=seed)
 
 
 def _noise_rows(

@@ -27,7 +27,7 @@ def probe_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of one layer: rates and macro-F1 with intervals, then plain numbers about the fit.
 
-    `outcomes` are per-example values of each measure; those that are 0 or 1 get exact intervals, the others (differences)
+    `outcomes` are per-example values of each measure; rates get exact intervals, differences
     percentiles of resampled examples.
     """
     n = len(targets)

@@ -24,6 +24,9 @@ from synapse.measure.stability import (
 )
 from synapse.types import GLOBAL, Figure, Sweep
 
+ONE_RANKING = "the classes share one ranking"
+"""Why nothing can be said of classes whose neurons are ranked alike, as two classes with mirrored weights are."""
+
 TOP_SHARE = 0.1
 """Share of the width that counts as a class's own units."""
 
@@ -60,6 +63,7 @@ def specialisation(
     """
     outcomes = outcomes_of(sweep)
     overlap, chance = class_overlap(ranking_table, method=method, seed=seed)
+    one_ranking = {layer for layer, figure in overlap.items() if figure.note == ONE_RANKING}
     # A recall is a rate within a class, so classes keep their sizes in every resample.
     resamples = resample(len(outcomes), seed=seed, targets=outcomes.targets)
     drops: dict[Place, dict[str, dict[str, Figure]]] = {}
@@ -73,7 +77,10 @@ def specialisation(
         used = is_used(headroom(outcomes, cells))
         drops[place] = _recall_drops(outcomes, half, used)
         lost = _lost_recalls(outcomes, half, resamples)
-        if lost.shape[1] >= 2:
+        if lost.shape[1] >= 2 and place[1] in one_ranking:
+            nothing = Figure(None, None, None, len(outcomes), "recall", ONE_RANKING)
+            specificity[place], asymmetry[place] = nothing, nothing
+        elif lost.shape[1] >= 2:
             specificity[place] = _specificity(outcomes, lost, used, where(half))
             asymmetry[place] = _asymmetry(outcomes, lost, used, where(half))
     return Specialisation(overlap, chance, by_scope(drops), by_scope(specificity), by_scope(asymmetry))
@@ -87,7 +94,8 @@ def class_overlap(
     Two classes' sets A, B of k units overlap by |A & B| / |A or B|; for random sets |A & B| is
     hypergeometric, and the mean over pairs of classes has the interval that random sets show. The overlap
     itself is a fact about the rankings given, so it has no interval; it means something where it lies outside
-    that of chance.
+    that of chance. It is null where all classes have one and the same ranking: the weights of a linear probe for two
+    classes mirror each other, so their absolute values say nothing about sharing.
 
     Raises
     ------
@@ -107,6 +115,10 @@ def class_overlap(
         best = ranking.sort_values("rank", kind="stable").groupby("label")["unit"]
         sets = [set(units.iloc[:k]) for _, units in best]
         if len(sets) < 2:
+            continue
+        if len({tuple(units) for _, units in best}) == 1:
+            overlap[int(layer)] = Figure(None, None, None, 1, "Jaccard", ONE_RANKING)
+            chance[int(layer)] = _chance(k, width, 1, seed)
             continue
         shared = [len(a & b) for a, b in combinations(sets, 2)]
         note = "of the rankings as given, not resampled"

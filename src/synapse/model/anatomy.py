@@ -217,7 +217,7 @@ def _find_readout(
     if rows == [last]:
         return "last"
     raise AnatomyError(
-        f"The head reads the rows {rows} of {n_tokens}; a head that reads the first row ([CLS]) or the last row that is "
+        f"The head reads the rows {rows} of {n_tokens}; a head that reads the first row ([CLS]) or the last that is "
         "no padding was expected. Pooling over several rows cannot be studied yet."
     )
 

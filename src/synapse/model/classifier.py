@@ -59,6 +59,15 @@ class Batch:
     keys: tuple[int, ...]
     inputs: Mapping[str, Tensor]
 
+    def take(self, examples: Int[Tensor, "chosen"] | slice) -> "Batch":
+        """Return the chosen examples as a batch, padded as they were; an example may be chosen more than once."""
+        chosen = np.arange(len(self.index))[examples.cpu().numpy() if isinstance(examples, Tensor) else examples]
+        return Batch(
+            self.index[chosen],
+            tuple(self.keys[i] for i in chosen),
+            {name: value[examples] for name, value in self.inputs.items()},
+        )
+
 
 class Classifier:
     """A frozen Transformer classifier that predicts, as it is or under perturbations.

@@ -89,7 +89,7 @@ def _check_folder(model: str | Path) -> None:
         raise ModelError(f"{str(model)!r} is a file; the folder with config.json and model.safetensors was expected.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(
-            f"The folder {str(model)!r} is no model: it has no config.json. Give the folder that `save_pretrained` wrote."
+            f"The folder {str(model)!r} is no model: it has no config.json. Give one that `save_pretrained` wrote."
         )
     if not path.exists() and (looks_local or str(model).count("/") > 1):
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []

@@ -29,9 +29,18 @@ class CleanPass:
         """Number of token rows, padding included."""
         return int(self.states[0].shape[1])
 
+    def first(self, n: int) -> "CleanPass":
+        """Return the same pass for the first n examples of the batch."""
+        return CleanPass(
+            self.batch.take(slice(n)),
+            tuple(states[:n] for states in self.states),
+            self.logits[:n],
+            None if self.features is None else self.features[:n],
+        )
+
 
 def clean_pass(classifier: Classifier, batch: Batch) -> CleanPass:
-    """Return the block outputs of one unperturbed forward pass, and the input of the final linear map if there is one."""
+    """Return the block outputs of one unperturbed forward pass, and the input of the final linear map."""
     states: list[Tensor] = []
     features: list[Tensor] = []
     final = classifier.final
@@ -60,12 +69,7 @@ def resume(
     `example[r]` says which example of the clean batch run r is about; the blocks above `layer` and the head compute on
     its inputs (masks, positions), whatever is applied to them.
     """
-    chosen = example.tolist()
-    batch = Batch(
-        index=clean.batch.index[chosen],
-        keys=tuple(clean.batch.keys[i] for i in chosen),
-        inputs={name: value[example] for name, value in clean.batch.inputs.items()},
-    )
+    batch = clean.batch.take(example)
     below = list(classifier.blocks[: layer + 1])
     anatomy = classifier.anatomy
     embedding = [] if anatomy.embedding is None else [classifier.module.get_submodule(anatomy.embedding)]

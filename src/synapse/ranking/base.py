@@ -16,8 +16,8 @@ from synapse.types import GLOBAL, Activations, Neurons
 class Ranking:
     """Scores of every neuron, higher is more important; ties go to the lower index.
 
-    `scores[l, 0]` is the global ranking of layer l, `scores[l, 1 + c]` that of class c. `source` is the fingerprint of the
-    examples that it was made from: neurons chosen on a split may not be measured on it.
+    `scores[l, 0]` is the global ranking of layer l, `scores[l, 1 + c]` that of class c. `source` is the fingerprint of
+    the examples that it was made from: neurons chosen on a split may not be measured on it.
     """
 
     method: str
@@ -103,7 +103,7 @@ def count_of(size: int | float, width: int) -> int:
         raise SettingsError(
             f"{size} neurons were asked for; a share between 0.0 and 1.0 or a count between 0 and {width} was expected."
         )
-    return max(int(round(size * width)), 1 if size > 0 else 0) if share else int(size)
+    return max(round(size * width), 1 if size > 0 else 0) if share else int(size)
 
 
 @dataclass(frozen=True)

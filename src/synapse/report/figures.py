@@ -241,6 +241,8 @@ def overlap(run: Run) -> Panel:
     found = _by_layer(run, "specialisation", "overlap")
     if not found:
         return _without(panel, "The scorecard has no overlap of class rankings.")
+    if all(figure.value is None for figure in found.values()):
+        return _without(panel, f"There is nothing to compare: {next(iter(found.values())).note}.")
     drawn = new_figure(340, "block", "Jaccard overlap")
     _line(drawn, found, "top tenths of two classes", "var(--top)", "circle")
     chance = _by_layer(run, "specialisation", "overlap_chance")

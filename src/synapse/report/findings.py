@@ -244,12 +244,14 @@ def _classes(run: Run) -> str:
         if drop is not None and not reaches_zero(drop):
             parts.append(f"{quoted(label)} loses most of its own, {measured(drop)}")
     overlap, chance = (_last(run, "specialisation", name) for name in ("overlap", "overlap_chance"))
-    if overlap is not None and chance is not None:
+    if overlap is not None and overlap[1].value is not None and chance is not None:
         parts.append(
             f"in block {overlap[0]} the top tenths of two classes overlap by {number(overlap[1].value)}, "
             "where random "
             f"sets overlap by {number(chance[1].value)} {interval(chance[1])}".rstrip()
         )
+    elif overlap is not None and overlap[1].note and not parts:
+        parts.append(f"whether classes have units of their own cannot be said: {overlap[1].note}")
     return _sentence("; ".join(parts))
 
 

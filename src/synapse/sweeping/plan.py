@@ -79,9 +79,9 @@ class Grid:
     scopes: tuple[Scope, ...] = SCOPES
     fractions: tuple[float, ...] = FRACTIONS
     bottom_fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
-    label_fractions: tuple[float, ...] = (0.1, 0.5, 0.9)
+    label_fractions: tuple[float, ...] = (0.5, 0.9)
     kinds: tuple[Kind, ...] = KINDS
-    kind_fractions: tuple[float, ...] = (0.1, 0.5, 0.9)
+    kind_fractions: tuple[float, ...] = (0.5, 0.9)
     random_sets: int = 10
     random_sets_per_example: int = 1
 

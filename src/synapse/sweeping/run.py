@@ -31,6 +31,10 @@ TOLERANCE = 1e-4
 """Largest logit difference from the plain hooked forward at which the resumed one is trusted."""
 
 
+PROOF_EXAMPLES = 8
+"""Examples of the first batch on which that is tried."""
+
+
 def sweep(
     classifier: Classifier,
     examples: Examples,
@@ -158,6 +162,8 @@ class _Group:
         example: Int[np.ndarray, "pair"],
     ) -> bool:
         """Compare a few runs, from the smallest set to the largest, with the plain hooked forward."""
+        clean = clean.first(PROOF_EXAMPLES)
+        run, example = run[example < PROOF_EXAMPLES], example[example < PROOF_EXAMPLES]
         sizes = np.array([len(intervention.neurons) for intervention in self.interventions])
         by_size = np.unique(run)[np.argsort(sizes[np.unique(run)], kind="stable")]
         few = np.isin(run, by_size[np.linspace(0, len(by_size) - 1, 3).astype(int)])
