@@ -120,6 +120,10 @@ def random_module(architecture: str) -> nn.Module:
         "distilbert": lambda: transformers.DistilBertForSequenceClassification(
             transformers.DistilBertConfig(**_SIZE, dim=32, n_layers=3, n_heads=4, hidden_dim=48)
         ),
+        # its blocks return a tuple, and the encoder unpacks two entries of it
+        "deberta": lambda: transformers.DebertaV2ForSequenceClassification(
+            transformers.DebertaV2Config(**_SIZE, **_BERT, relative_attention=True, pos_att_type=["p2c", "c2p"])
+        ),
         "gpt2": lambda: transformers.GPT2ForSequenceClassification(
             transformers.GPT2Config(**_SIZE, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
         ),

@@ -22,7 +22,7 @@ ALLOWED = {
     "measure": {"errors", "types"},
     "store": {"errors", "types"},
     "report": {"errors", "types"},
-    "settings": {"errors", "types", "ranking", "sweeping"},
+    "settings": {"errors", "types", "attack", "ranking", "sweeping"},
     "study": {
         *("errors", "types", "data", "model", "recording", "probe", "ranking", "sweeping", "attack"),
         *("measure", "store", "report", "settings"),

@@ -52,9 +52,7 @@ def test_the_planted_neurons_come_first_by_every_method(planted_run):
 def test_ablating_a_class_own_neurons_takes_that_class_and_no_other(planted_run):
     card = json.loads((planted_run / "scorecard.json").read_text())
     sweep = pd.read_parquet(planted_run / "tables" / "sweep.parquet")
-    tenth = sweep[
-        (sweep["kind"] == "zero") & (sweep["label"] == "b") & (sweep["fraction"] == 0.1) & (sweep["layer"] == 1)
-    ]
+    tenth = sweep[(sweep["kind"] == "zero") & (sweep["label"] == "b") & (sweep["k"] == 2) & (sweep["layer"] == 1)]
     # a tenth of 16 units is 2: unit 5 and, at best, one that does not matter or unit 9
     assert (tenth["accuracy"] <= 2 / 3 + 1e-9).all()
     drops = card["specialisation"]["recall_drop"]["readout"]["1"]
@@ -156,10 +154,12 @@ def test_the_forecast_counts_what_the_sweep_then_runs():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"exmaples": 10}, "There is no setting 'exmaples'. Did you mean 'examples' or 'train_examples'?"),
+        ({"exmaples": 10}, "There is no setting 'exmaples'. Did you mean 'examples'"),
         ({"examples": 1}, "The setting 'examples' is 1: 2 or more examples, or 'all', are needed."),
         ({"methods": ("lineer",)}, "there is no ranking method 'lineer'"),
         ({"kinds": ()}, "one or more different interventions are needed"),
+        ({"kinds": ("mean", "zero")}, "zero must come first"),
+        ({"methods": ("random",)}, "the first method is the one that is swept"),
         ({"random_sets": 3}, "The setting 'random_sets' is 3"),
         ({"scopes": ("cls",)}, "The setting 'scopes' is 'cls'"),
     ],

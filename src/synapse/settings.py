@@ -6,6 +6,7 @@ from typing import Literal
 import pydantic
 import yaml
 
+from synapse.attack.noise import DRAWS
 from synapse.errors import SettingsError, near
 from synapse.ranking import METHODS
 from synapse.sweeping import FRACTIONS, KINDS, Grid, Kind
@@ -40,7 +41,9 @@ class Settings(pydantic.BaseModel):
     examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
     methods: tuple[str, ...] = pydantic.Field(tuple(METHODS), description="ranking methods; the first is swept")
     scopes: tuple[Scope, ...] = pydantic.Field(SCOPES, description="where interventions act")
-    fractions: tuple[float, ...] = pydantic.Field(FRACTIONS, description="shares of the width that are edited")
+    fractions: tuple[float, ...] = pydantic.Field(
+        FRACTIONS, description="shares of the width that are edited; 100 % always is"
+    )
     kinds: tuple[str, ...] = pydantic.Field(
         tuple(kind.name for kind in KINDS),
         description="interventions; the first is swept over the whole grid",
@@ -49,9 +52,10 @@ class Settings(pydantic.BaseModel):
     noise: float = pydantic.Field(1.0, gt=0, description="noise, in deviations of the neuron")
     random_sets: int = pydantic.Field(10, ge=10, description="random sets of every size")
     random_sets_per_example: int = pydantic.Field(1, ge=1, description="how many of them each example meets")
-    noise_draws: int = pydantic.Field(2, ge=1, description="draws of weight noise of every size")
+    noise_draws: int = pydantic.Field(DRAWS, ge=2, description="draws of weight noise of every size")
+    noise_examples: Amount = pydantic.Field(32, description="examples of the sweep that weight noise runs on")
 
-    @pydantic.field_validator("train_examples", "examples")
+    @pydantic.field_validator("train_examples", "examples", "noise_examples")
     @classmethod
     def _positive(cls, amount: Amount) -> Amount:
         if amount != "all" and amount < 2:
@@ -61,12 +65,18 @@ class Settings(pydantic.BaseModel):
     @pydantic.field_validator("methods")
     @classmethod
     def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(methods, tuple(METHODS), "ranking method")
+        known = _known(methods, tuple(METHODS), "ranking method")
+        if known[0] == "random":
+            raise ValueError("the first method is the one that is swept, and random sets are swept beside it anyway")
+        return known
 
     @pydantic.field_validator("kinds")
     @classmethod
     def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
-        return _known(kinds, tuple(kind.name for kind in KINDS), "intervention")
+        known = _known(kinds, tuple(kind.name for kind in KINDS), "intervention")
+        if known[0] != "zero":
+            raise ValueError("zero must come first: headroom and all that is measured against it are made with it")
+        return known
 
     def grid(self) -> Grid:
         """Return the sweep's grid."""

@@ -1,7 +1,7 @@
 """The run folder: what one study leaves behind. Written beside, then renamed, so that a half-written run is never read.
 
 ```text
-RUN/manifest.json      settings, seeds, versions, hashes, timings (written last: a run with one is complete)
+RUN/manifest.json      settings, seeds, versions, hashes, timings
 RUN/scorecard.json     the measures, each with interval and n
 RUN/tables/*.parquet   probe, ranking, sweep, attack: tidy, one row a measurement
 RUN/logits.zarr        the logits of every cell and example

@@ -66,7 +66,7 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     n_sweep = _amount(settings.examples, len(test))
     cells = plan(_any_ranking(classifier), settings.grid(), seed=settings.seed)
     cost = cost_of(cells, n_sweep, classifier.n_layers)
-    noise = noise_cost(classifier, n_sweep, draws=settings.noise_draws)
+    noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
     passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
     return Forecast(n_train, n_test, n_sweep, cost, round(passes), passes * _seconds_per_example(classifier, test))
 
@@ -102,13 +102,14 @@ def run_study(
     train = train.take(_sample(train, classifier, settings.train_examples, settings.seed))
     rows = _sample(test, classifier, settings.examples, settings.seed)
     swept = test.take(rows)
+    noisy = _sample(swept, classifier, settings.noise_examples, settings.seed)
     timer = _Timer(progress)
     weights_hash = classifier.weights_hash()
 
     recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, step))
     probes = timer.stage("probe", lambda _: fit_probes(recorded.train, seed=settings.seed))
     evaluations = timer.stage("controls", lambda _: _evaluated(probes, recorded, train, test, settings.seed))
-    rankings = timer.stage("rank", lambda _: [rank(recorded.train, probes=probes, method=m) for m in settings.methods])
+    rankings = timer.stage("rank", lambda _: _rankings(recorded.train, probes, settings))
     outcome = timer.stage(
         "sweep",
         lambda step: sweep(
@@ -117,13 +118,16 @@ def run_study(
             rankings[0],
             reference=recorded.train,
             cells=plan(rankings[0], settings.grid(), seed=settings.seed),
+            seed=settings.seed,
             progress=step,
         ),
     )
     redirections = timer.stage("attack", lambda _: _redirections(classifier, recorded, settings.seed))
     noise = timer.stage(
         "weight noise",
-        lambda step: noise_attack(classifier, swept, seed=settings.seed, draws=settings.noise_draws, progress=step),
+        lambda step: noise_attack(
+            classifier, swept.take(noisy), seed=settings.seed, draws=settings.noise_draws, progress=step
+        ),
     )
     if classifier.weights_hash() != weights_hash:
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
@@ -132,7 +136,7 @@ def run_study(
             "probe": _probe_table(evaluations, classifier, settings.seed),
             "ranking": pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
             "sweep": sweep_table(outcome),
-            "attack": attack_table(redirections, noise, outcome.clean_logits, seed=settings.seed),
+            "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=settings.seed),
         }
         card = scorecard(
             test_logits=recorded.test.logits,
@@ -141,6 +145,7 @@ def run_study(
             ranking_table=tables["ranking"],
             sweep=outcome,
             attack_table=tables["attack"],
+            method=settings.methods[0],
             seed=settings.seed,
         )
     with new_run(out, overwrite=settings.overwrite) as draft:
@@ -166,6 +171,11 @@ def _record_both(classifier: Classifier, train: Examples, test: Examples, step: 
     total = len(train) + len(test)
     first = record(classifier, train, progress=lambda done, _: step(done, total))
     return _Recorded(first, record(classifier, test, progress=lambda done, _: step(len(train) + done, total)))
+
+
+def _rankings(train: Activations, probes: Probes, settings: Settings) -> list[Ranking]:
+    methods = [RandomOrder(settings.seed) if name == "random" else name for name in settings.methods]
+    return [rank(train, probes=probes, method=method) for method in methods]
 
 
 def _evaluated(

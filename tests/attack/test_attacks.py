@@ -4,7 +4,7 @@ from planted import planted_classifier, planted_examples
 from scipy.optimize import minimize
 
 from synapse.attack.base import attacked, broken_budget, needed_budget
-from synapse.attack.head import head_attacks, least_distance, required_step, smallest_step
+from synapse.attack.head import fitted_step, head_attacks, least_distance, required_step, smallest_step
 from synapse.attack.logits import shift_attacks
 from synapse.attack.noise import noise_attack
 from synapse.errors import SettingsError
@@ -12,6 +12,7 @@ from synapse.measure.attacks import attack_table, smallest_budget
 from synapse.perturb.logits import LogitShift
 from synapse.perturb.weights import HeadEdit, WeightNoise
 from synapse.recording import record
+from synapse.types import NoiseCurve
 
 RNG = np.random.default_rng(0)
 
@@ -87,6 +88,20 @@ def test_the_smallest_step_covers_its_share_and_is_shorter_than_the_mean_directi
     assert np.linalg.norm(step) < np.linalg.norm(scale * mean)
 
 
+def test_the_fitted_direction_reaches_new_examples_no_later_than_the_mean_does():
+    rng = np.random.default_rng(1)
+    features, required = rng.normal(size=(240, 60)) * 0.3 + 0.2, rng.uniform(0.5, 2, size=240)
+    new, needed = rng.normal(size=(2000, 60)) * 0.3 + 0.2, rng.uniform(0.5, 2, size=2000)
+
+    def length(v):
+        reach = new @ v / np.linalg.norm(v)
+        return np.quantile(np.where(reach > 0, needed / np.maximum(reach, 1e-12), np.inf), 0.95)
+
+    fitted = fitted_step(features, required, share=0.95)
+    assert length(fitted) <= length(features.mean(axis=0)) * 1.05
+    assert length(fitted) < length(smallest_step(features, required, share=0.95))
+
+
 def test_a_fitted_head_edit_redirects_the_live_model_at_the_predicted_budgets():
     classifier, examples = planted_classifier(), planted_examples(60, seed=1)
     train, test = record(classifier, planted_examples(60, seed=2)), record(classifier, examples)
@@ -94,7 +109,7 @@ def test_a_fitted_head_edit_redirects_the_live_model_at_the_predicted_budgets():
     found = head_attacks(train, test, weight, seed=0)
     attack = next(a for a in found if (a.source, a.target, a.share) == ("b", "c", 0.5))
     fitting = attacked(train, 1, 2)
-    step = smallest_step(train.features[fitting].astype(float), required_step(train.logits[fitting], 1, 2), share=0.5)
+    step = fitted_step(train.features[fitting].astype(float), required_step(train.logits[fitting], 1, 2), share=0.5)
     edit = np.zeros((3, 16))
     edit[2], edit[1] = step, -step
     edit *= np.linalg.norm(weight) / np.linalg.norm(edit)
@@ -146,3 +161,27 @@ def test_the_smallest_budget_is_the_quantile_of_needed_budgets():
     assert half.low < half.value < half.high
     never = np.where(needed > 0.3, np.inf, needed)
     assert smallest_budget(never, 0.95, unit="logit", seed=0).value is None
+
+
+def test_the_scorecards_shift_is_that_of_all_other_classes_together():
+    from synapse.measure.vulnerability import vulnerability
+
+    test = record(planted_classifier(), planted_examples(60, seed=1))
+    found = vulnerability(attack_table(shift_attacks(test, seed=0), [], test.logits, seed=0))
+    for target, label in enumerate("abc"):
+        rest = (test.targets != target) & (test.logits.argmax(axis=1) != target)
+        gaps = test.logits[rest].max(axis=1) - test.logits[rest, target]
+        assert found.logit_shift["d50"][label].value == pytest.approx(np.quantile(gaps, 0.5, method="inverted_cdf"))
+        assert found.logit_shift["d50"][label].n == rest.sum()
+
+
+def test_the_interval_of_weight_noise_covers_the_draws():
+    rng = np.random.default_rng(3)
+    clean = np.tile([1.0, 0.0], (40, 1)).astype(np.float32)
+    # of eight draws, four change every example and four none: the flip rate is a fact about draws, not about examples
+    flipped = np.array([1, 0, 1, 0, 1, 0, 0, 1], dtype=bool)
+    logits = np.where(flipped[:, None, None], clean[:, ::-1], clean)[None].repeat(2, axis=0)
+    table = attack_table([], [NoiseCurve("head", (1.0, 2.0), logits)], clean, seed=int(rng.integers(9)))
+    rate = table[table["measure"] == "flip_rate"].iloc[0]
+    assert (rate["value"], rate["n"]) == (0.5, 40)
+    assert rate["high"] - rate["low"] > 0.5

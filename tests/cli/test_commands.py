@@ -131,6 +131,7 @@ def test_inspect_gives_the_anatomy_as_json(monkeypatch, model_folder, capsys):
 
 def refused(monkeypatch, capsys, *arguments) -> str:
     """Return the one line that a wrong call prints."""
+    capsys.readouterr()  # what was printed while the test prepared its files
     assert call(monkeypatch, *arguments) == 1
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()

@@ -22,6 +22,7 @@ EXPECTED = {
         "classifier",
     ),
     "gpt2": ("transformer.h.", "last", ("transformer.ln_f", "score"), "score"),
+    "deberta": ("deberta.encoder.layer.", "first", ("pooler", "dropout", "classifier"), "classifier"),
 }
 
 

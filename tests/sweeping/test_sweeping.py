@@ -22,16 +22,16 @@ def some_ranking(classifier, *, source="elsewhere"):
     return Ranking("made-up", np.random.default_rng(4).random(shape), classifier.labels, source)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "deberta", "gpt2"])
 def test_every_cell_equals_its_intervention_applied_to_the_whole_model(architecture):
     classifier, examples = random_classifier(architecture), random_examples(11, seed=1)
     reference = record(classifier, random_examples(20, seed=2))
     cells = plan(some_ranking(classifier), SMALL, seed=3)
-    swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
+    swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells, seed=6)
     assert len(swept.cells) == len(cells)
     assert {kind.name for kind in KINDS} == set(swept.cells["kind"])
     for cell, logits in zip(cells, swept.logits, strict=True):
-        with classifier.edited(cell.kind.of(cell.neurons, cell.scope, reference)):
+        with classifier.edited(cell.kind.of(cell.neurons, cell.scope, reference, seed=6)):
             whole = classifier.predict(examples)
         ran = cell.runs(len(examples))
         np.testing.assert_allclose(logits[ran], whole[ran], atol=3e-5)
@@ -83,11 +83,39 @@ def test_each_example_meets_the_asked_number_of_random_sets_at_each_size():
     np.testing.assert_array_equal(sum(c.runs(25).astype(int) for c in at_half), 3)
 
 
+def test_sizes_that_come_to_the_same_number_of_neurons_are_swept_once_under_their_true_share():
+    cells = plan(some_ranking(planted_classifier()), Grid(kinds=(Kind("zero"),)), seed=1)
+    top = [c for c in cells if c.selection == "top" and c.label == "" and c.neurons.layer == 0 and c.scope == "all"]
+    # of 16 units: 1 and 5 % are one unit, 95 to 99 % fifteen or all
+    assert [len(c.neurons) for c in top] == [1, 2, 4, 8, 12, 14, 15, 16]
+    assert all(c.fraction == len(c.neurons) / 16 for c in cells)
+
+
+def test_noise_depends_on_the_seed():
+    classifier, examples = planted_classifier(), planted_examples(6, seed=1)
+    reference = record(classifier, planted_examples(20, seed=2))
+    cells = [Cell(Neurons(1, (B_UNIT,)), "readout", Kind("noise", 1.0), "", "", "top", -1, 1 / 16)]
+    options = {"reference": reference, "cells": cells}
+    first, again, other = (
+        sweep(classifier, examples, some_ranking(classifier), seed=seed, **options).logits for seed in (0, 0, 7)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+
+
+def test_cells_that_skip_the_first_examples_are_run_too():
+    classifier, examples = planted_classifier(), planted_examples(20, seed=1)
+    cells = [Cell(Neurons(0, (B_UNIT,)), "all", Kind("zero"), "", "", "random", 0, 1 / 16, share=(1, 20, 1))]
+    reference = record(classifier, planted_examples(6, seed=2))
+    swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
+    assert np.flatnonzero(~np.isnan(swept.logits[0, :, 0])).tolist() == [19]
+
+
 def test_random_sets_are_nested_and_the_same_for_every_scope():
     classifier = planted_classifier()
     cells = [c for c in plan(some_ranking(classifier), SMALL, seed=1) if c.selection == "random" and c.draw == 4]
     by_size = {(c.neurons.layer, c.scope, c.fraction): set(c.neurons.units) for c in cells}
-    assert by_size[0, "all", 0.1] < by_size[0, "all", 0.5]
+    assert by_size[0, "all", 2 / 16] < by_size[0, "all", 0.5]
     assert by_size[0, "all", 0.5] == by_size[0, "readout", 0.5]
 
 

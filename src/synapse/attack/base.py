@@ -42,7 +42,12 @@ def broken_budget(
 
 
 def attacked(activations: Activations, source: int | None, target: int) -> Int[np.ndarray, "example"]:
-    """Return the examples that an attack is about: of the source class (or any) and not predicted as the target."""
-    elsewhere = activations.logits.argmax(axis=1) != target
-    of_source = activations.targets != target if source is None else activations.targets == source
-    return np.flatnonzero(elsewhere & of_source)
+    """Return the examples that an attack is about.
+
+    With a source class, those of its examples that the clean model gets right; without one, every example of another
+    class than the target that is not predicted as the target already.
+    """
+    predicted = activations.logits.argmax(axis=1)
+    if source is None:
+        return np.flatnonzero((activations.targets != target) & (predicted != target))
+    return np.flatnonzero((activations.targets == source) & (predicted == source))

@@ -51,11 +51,8 @@ def head_attacks(
             log.info("No examples of %s to redirect to %s.", test.labels[source], test.labels[target])
             continue
         for share in shares:
-            step = smallest_step(
-                train.features[fitting].astype(np.float64),
-                required_step(train.logits[fitting], source, target),
-                share=share,
-            )
+            required = required_step(train.logits[fitting], source, target)
+            step = fitted_step(train.features[fitting].astype(np.float64), required, share=share)
             edit = np.zeros_like(weight, dtype=np.float64)
             edit[target], edit[source] = step, -step
             edit *= norm / max(float(np.linalg.norm(edit)), np.finfo(float).tiny)
@@ -70,6 +67,45 @@ def required_step(logits: Float[np.ndarray, "example label"], source: int, targe
     gaps[:, source] /= 2
     required: Float[np.ndarray, example] = np.delete(gaps, target, axis=1).max(axis=1)
     return required
+
+
+def fitted_step(
+    features: Float[np.ndarray, "example feature"], required: Float[np.ndarray, "example"], *, share: float
+) -> Float[np.ndarray, "feature"]:
+    """Return a direction along which a share of *other* examples is reached early.
+
+    The shortest v for the given examples fits them too closely where there are as many features as examples. So two
+    thirds of them give candidates (their mean, the shortest v, and both in equal parts), the rest choose among these.
+    """
+    chooses = np.arange(len(features)) % 3 == 2
+    if not chooses.any():
+        return smallest_step(features, required, share=share)
+    mean = features[~chooses].mean(axis=0)
+    shortest = smallest_step(features[~chooses], required[~chooses], share=share)
+    unit = [v / max(float(np.linalg.norm(v)), np.finfo(float).tiny) for v in (mean, shortest)]
+    candidates = (*unit, unit[0] + unit[1])
+    lengths = [_length_along(v, features[chooses], required[chooses], share) for v in candidates]
+    return candidates[int(np.argmin(lengths))]
+
+
+def _length_along(
+    v: Float[np.ndarray, "feature"],
+    features: Float[np.ndarray, "example feature"],
+    required: Float[np.ndarray, "example"],
+    share: float,
+) -> float:
+    """Return the length at which v reaches the share of the examples."""
+    return float(np.quantile(_scales_along(v, features, required), share, method="inverted_cdf") * np.linalg.norm(v))
+
+
+def _scales_along(
+    v: Float[np.ndarray, "feature"],
+    features: Float[np.ndarray, "example feature"],
+    required: Float[np.ndarray, "example"],
+) -> Float[np.ndarray, "example"]:
+    """Return how often v must be taken to reach each example's requirement; infinite where it points away."""
+    reach = features @ v
+    return np.where(reach > 0, required / np.where(reach > 0, reach, 1.0), np.inf)
 
 
 def smallest_step(
@@ -89,10 +125,7 @@ def smallest_step(
     best: Float[np.ndarray, feature] = features.mean(axis=0)
     best_length = np.inf
     for _ in range(rounds):
-        reach = features @ best
-        with np.errstate(divide="ignore"):
-            ease = np.where(reach > 0, required / np.where(reach > 0, reach, 1.0), np.inf)
-        taken = np.argsort(ease, kind="stable")[:n_taken]
+        taken = np.argsort(_scales_along(best, features, required), kind="stable")[:n_taken]
         step = least_distance(features[taken], required[taken])
         if step is None or np.linalg.norm(step) >= best_length * (1 - 1e-6):
             break

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from synapse.measure.intervals import Resamples, figure, rate, resample
 from synapse.measure.outcomes import predictions
@@ -15,6 +15,8 @@ from synapse.types import GLOBAL, Figure, NoiseCurve, Redirection
 
 SHARES = {"d50": 0.5, "d95": 0.95}
 """The budgets that are looked for: those which redirect half, and nearly all, of the examples."""
+
+RESAMPLES = 1000
 
 CURVE_POINTS = 24
 """Budgets at which a success curve is tabulated."""
@@ -102,7 +104,7 @@ def _redirection_rows(r: Redirection, grid: Float[np.ndarray, "budget"], *, seed
 
 
 def smallest_budget(needed: Float[np.ndarray, "draw example"], share: float, *, unit: str, seed: int) -> Figure:
-    """Return the smallest budget that redirects a share of the (draw, example) pairs, resampled by example.
+    """Return the smallest budget that redirects a share of the (draw, example) pairs, resampled in both.
 
     The value is None where even the largest budget does not get there; an open upper end is the largest finite
     budget seen.
@@ -113,9 +115,11 @@ def smallest_budget(needed: Float[np.ndarray, "draw example"], share: float, *, 
     reached = float(np.isfinite(budgets).mean())
     if reached < share:
         return Figure(None, None, None, n, unit, f"not reached: {reached:.0%} at any budget")
-    # Every draw of an example counts as often as the example does.
-    covered = np.cumsum(_resamples(n, seed).weights[:, order % n], axis=1)
-    first = np.array([np.searchsorted(c, share * n * n_draws - 1e-9) for c in covered])
+    draws, examples = _resamples(n_draws, seed + 1).weights, _resamples(n, seed).weights
+    first = np.empty(len(examples), dtype=np.int64)
+    for r in range(len(examples)):  # one at a time: all at once would take resamples x draws x examples numbers
+        covered = np.cumsum(examples[r][order % n] * draws[r][order // n])
+        first[r] = np.searchsorted(covered, share * covered[-1] - 1e-9)
     found = budgets[np.minimum(first, len(budgets) - 1)]
     finite = np.where(np.isfinite(found), found, budgets[np.isfinite(budgets)].max())
     low, high = np.quantile(finite[1:], (0.025, 0.975))
@@ -127,17 +131,30 @@ def _rates(
 ) -> list[Figure]:
     """Return the share of (draw, example) pairs that each budget reaches: exact for one draw, else by resampling."""
     n = needed.shape[1]
-    hits = (needed <= budgets[:, None, None]).mean(axis=1)  # (budget, example)
     if len(needed) == 1:
-        return [rate(int(row.sum()), n, unit=unit) for row in hits]
-    means = _resamples(n, seed).mean(hits)
-    return [figure(means[:, b], n=n, unit=unit, bounds=(0, 1)) for b in range(len(budgets))]
+        return [rate(int((needed <= budget).sum()), n, unit=unit) for budget in budgets]
+    means = [_two_way_means(needed <= budget, seed) for budget in budgets]
+    return [figure(mean, n=n, unit=unit, bounds=(0, 1)) for mean in means]
 
 
-@lru_cache(maxsize=4)
+def _two_way_means(hits: Bool[np.ndarray, "draw example"], seed: int) -> Float[np.ndarray, "sample"]:
+    """Return the share of hits in the data and in resamples of both the draws and the examples.
+
+    Draws of a random change differ from each other, so an interval over the examples alone would be too narrow.
+    *Source*: Owen (2007), "The pigeonhole bootstrap", Annals of Applied Statistics 1.
+    """
+    draws, examples = _resamples(len(hits), seed + 1).weights, _resamples(hits.shape[1], seed).weights
+    total = draws.sum(axis=1) * examples.sum(axis=1)
+    means: Float[np.ndarray, "sample"] = np.einsum("re,re->r", draws @ hits, examples) / total
+    return means
+
+
+@lru_cache(maxsize=6)
 def _resamples(n: int, seed: int) -> Resamples:
-    """Return the resamples of n examples; an attack and its controls, which follow each other, share them."""
-    return resample(n, seed=seed)
+    """Return the resamples of n examples or draws; attacks that follow each other share them."""
+    if n > 1:
+        return resample(n, seed=seed, draws=RESAMPLES)
+    return Resamples(np.ones((1 + RESAMPLES, 1)))  # a single draw cannot be resampled
 
 
 def _noise_rows(
@@ -146,27 +163,28 @@ def _noise_rows(
     maker = _Rows("weight-noise", curve.place, GLOBAL, GLOBAL, "random", "||dW||/||W||")
     flipped = predictions(curve.logits) != predictions(clean_logits)  # (budget, draw, example)
     n = flipped.shape[2]
-    resamples = resample(n, seed=seed)
-    rates = resamples.mean(flipped.mean(axis=1))  # (resample, budget)
+    rates = np.stack([_two_way_means(of_budget, seed) for of_budget in flipped], axis=1)  # (resample, budget)
     rows = []
     for b, budget in enumerate(curve.budgets):
         rows.append(maker.row("flip_rate", budget, figure(rates[:, b], n=n, unit="predictions", bounds=(0, 1))))
     for measure, share in SHARES.items():
-        rows.append(maker.row(measure, float("nan"), _crossing(rates, curve.budgets, share, resamples)))
+        rows.append(maker.row(measure, float("nan"), _crossing(rates, curve.budgets, share, n)))
     return rows
 
 
-def _crossing(
-    rates: Float[np.ndarray, "draw budget"], budgets: Sequence[float], share: float, resamples: Resamples
-) -> Figure:
-    """Return the budget at which the flip rate first reaches a share, between grid points on a logarithmic scale."""
-    n, unit = resamples.weights.shape[1], "||dW||/||W||"
+def _crossing(rates: Float[np.ndarray, "draw budget"], budgets: Sequence[float], share: float, n: int) -> Figure:
+    """Return the budget at which the flip rate first reaches a share, between grid points on a logarithmic scale.
+
+    Where the smallest budget tried reaches it already, that is the value, and the lower end of the interval is 0.
+    """
+    unit = "||dW||/||W||"
     found = np.array([_first_crossing(row, np.log(budgets), share) for row in rates])
     if np.isnan(found[0]):
         return Figure(None, None, None, n, unit, f"not reached: {rates[0].max():.0%} at {budgets[-1]:g}")
     beyond = np.where(np.isnan(found), budgets[-1], found)  # an open upper end is the largest budget tried
     low, high = np.quantile(beyond[1:], (0.025, 0.975))
-    return Figure(float(found[0]), float(min(low, found[0])), float(max(high, found[0])), n, unit)
+    low = 0.0 if low <= budgets[0] else min(low, found[0])
+    return Figure(float(found[0]), float(low), float(max(high, found[0])), n, unit)
 
 
 def _first_crossing(

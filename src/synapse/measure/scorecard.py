@@ -29,12 +29,14 @@ def scorecard(
     ranking_table: pd.DataFrame,
     sweep: Sweep,
     attack_table: pd.DataFrame,
+    method: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return every figure of a study as plain dictionaries, ready for JSON; layers are string keys.
 
     `clean` is measured on the whole test set, the rest on the examples of the sweep and the tables given
-    (columns as in docs/run-folder.md). The same `seed` gives the same numbers, bit for bit.
+    (columns as in docs/run-folder.md). `method` is the ranking that was swept. The same `seed` gives the
+    same numbers, bit for bit.
 
     Raises
     ------
@@ -45,9 +47,9 @@ def scorecard(
         "format": FORMAT,
         "clean": _plain(clean_figures(test_logits, test_targets, sweep.labels, seed=seed)),
         "probe": _plain(probe_figures(probe_table)),
-        "stability": _plain(stability(sweep, seed=seed)),
-        "redundancy": _plain(redundancy(sweep, seed=seed)),
-        "specialisation": _plain(specialisation(sweep, ranking_table, seed=seed)),
+        "stability": _plain(stability(sweep, method=method, seed=seed)),
+        "redundancy": _plain(redundancy(sweep, method=method, seed=seed)),
+        "specialisation": _plain(specialisation(sweep, ranking_table, method=method, seed=seed)),
         "vulnerability": _plain(vulnerability(attack_table)),
     }
 

@@ -28,7 +28,8 @@ class Anatomy:
 
     `embedding` is the one module before the blocks whose output has their shape, or None where there are several.
     `head` lists what runs after the last block; `final` is the linear map that gives the logits, or None where the
-    head does not end in one. `tuple_output` says whether a block returns its states inside a tuple.
+    head does not end in one. `tuple_length` is the length of the tuple in which a block returns its
+    states, the other entries being None; 0 where it returns the tensor alone.
     """
 
     embedding: str | None
@@ -37,8 +38,12 @@ class Anatomy:
     readout: Readout
     head: tuple[str, ...]
     final: str | None
-    tuple_output: bool
+    tuple_length: int
     proofs: Mapping[str, str]
+
+    def block_output(self, states: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+        """Return states in the form in which a block returns them."""
+        return (states, *[None] * (self.tuple_length - 1)) if self.tuple_length else states
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def find_anatomy(module: nn.Module, inputs: Mapping[str, Tensor], n_labels: int)
         readout=readout,
         head=tuple(call.name for call in sorted(head, key=lambda call: call.started)),
         final=_find_final(calls, logits, readout_rows(readout, inputs, hidden_states(last.output).shape[1])),
-        tuple_output=isinstance(last.output, tuple),
+        tuple_length=_tuple_length(last),
         proofs={},
     )
     return Anatomy(**{**anatomy.__dict__, "proofs": _prove(module, anatomy, inputs, blocks, logits)})
@@ -178,6 +183,17 @@ def _outermost(calls: list[_Call], among: Mapping[Any, list[_Call]] | None = Non
     return [call for call in calls if not any(o.started < call.started and call.ended < o.ended for o in others)]
 
 
+def _tuple_length(block: _Call) -> int:
+    if not isinstance(block.output, tuple):
+        return 0
+    if any(entry is not None for entry in block.output[1:]):
+        raise AnatomyError(
+            f"The block {block.name!r} returns more than its hidden states; these alone, or None beside them, were "
+            "expected. Turn off what else it returns (attention weights, a cache for generation)."
+        )
+    return len(block.output)
+
+
 def _find_embedding(calls: list[_Call], first_block: _Call) -> str | None:
     """Return the module that gives the first block its input, if one module does all of that."""
     before = _outermost([call for call in calls if call.ended < first_block.started])
@@ -257,7 +273,7 @@ def _prove(
                 )
         final_states = hidden_states(blocks[-1].output)
         embedding = [] if anatomy.embedding is None else [module.get_submodule(anatomy.embedding)]
-        with passed_over(embedding, final_states), passed_over(modules, blocks[-1].output):
+        with passed_over(embedding, final_states), passed_over(modules, anatomy.block_output(final_states)):
             gap = float((forward_logits(module, inputs) - logits).abs().max())
     if gap > 1e-5:
         raise AnatomyError(

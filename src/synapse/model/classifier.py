@@ -59,9 +59,9 @@ class Batch:
     keys: tuple[int, ...]
     inputs: Mapping[str, Tensor]
 
-    def take(self, examples: Int[Tensor, "chosen"] | slice) -> "Batch":
+    def take(self, examples: Int[Tensor, "chosen"]) -> "Batch":
         """Return the chosen examples as a batch, padded as they were; an example may be chosen more than once."""
-        chosen = np.arange(len(self.index))[examples.cpu().numpy() if isinstance(examples, Tensor) else examples]
+        chosen = examples.cpu().numpy()
         return Batch(
             self.index[chosen],
             tuple(self.keys[i] for i in chosen),

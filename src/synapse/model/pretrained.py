@@ -78,7 +78,9 @@ def load_text_classifier(model: str | Path, *, max_length: int | None = None) ->
             f"{str(model)!r} has one output, so it is a regression model; two or more classes were expected."
         )
     labels = tuple(str(module.config.id2label[i]) for i in range(module.config.num_labels))
-    return LoadedModel(module.eval(), TextPreprocess(tokenizer, _max_length(config, tokenizer, max_length)), labels)
+    return LoadedModel(
+        module.eval(), TextPreprocess(tokenizer, _max_length(config, module, tokenizer, max_length)), labels
+    )
 
 
 def _check_folder(model: str | Path) -> None:
@@ -110,11 +112,19 @@ def _architectures(config: Any) -> str:
     return f" (it was saved as {', '.join(names)})" if names else ""
 
 
-def _max_length(config: Any, tokenizer: Any, asked: int | None) -> int:
-    # Tokenizers without a limit say 1e30; the positions that the model was built with then decide.
-    known = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None), 512]
-    limit = int(next(length for length in known if length is not None and 0 < length < 1_000_000))
-    return limit if asked is None else min(asked, limit)
+def _max_length(config: Any, module: nn.Module, tokenizer: Any, asked: int | None) -> int:
+    limits = [tokenizer.model_max_length, _positions(config, module), asked]
+    # Tokenizers without a limit say 1e30; where nothing limits a text, 512 tokens keep it affordable.
+    return int(min((limit for limit in limits if limit is not None and limit < 1_000_000), default=512))
+
+
+def _positions(config: Any, module: nn.Module) -> int | None:
+    """Return how many positions the model has room for; an embedding with a padding index begins behind that index."""
+    declared = getattr(config, "max_position_embeddings", None)
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and part.num_embeddings == declared and part.padding_idx is not None:
+            return int(declared) - part.padding_idx - 1
+    return declared
 
 
 @contextmanager

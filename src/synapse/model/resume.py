@@ -7,6 +7,7 @@ architecture, and many edited copies of an example share one forward pass.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,13 +30,14 @@ class CleanPass:
         """Number of token rows, padding included."""
         return int(self.states[0].shape[1])
 
-    def first(self, n: int) -> "CleanPass":
-        """Return the same pass for the first n examples of the batch."""
+    def take(self, examples: Int[np.ndarray, "chosen"]) -> "CleanPass":
+        """Return the same pass for the chosen examples of the batch."""
+        chosen = torch.from_numpy(examples).to(self.logits.device)
         return CleanPass(
-            self.batch.take(slice(n)),
-            tuple(states[:n] for states in self.states),
-            self.logits[:n],
-            None if self.features is None else self.features[:n],
+            self.batch.take(chosen),
+            tuple(states[chosen] for states in self.states),
+            self.logits[chosen],
+            None if self.features is None else self.features[chosen],
         )
 
 
@@ -48,7 +50,9 @@ def clean_pass(classifier: Classifier, batch: Batch) -> CleanPass:
     if final is not None:
         handles.append(final.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0])))
     try:
-        with edited_outputs([(block, states.append) for block in classifier.blocks]):
+        # Copies: a block that works in place would change what the one before it returned.
+        keep = [(block, lambda hidden: states.append(hidden.clone())) for block in classifier.blocks]
+        with edited_outputs(keep):
             logits = classifier.forward(batch)
     finally:
         for handle in handles:
@@ -73,8 +77,7 @@ def resume(
     below = list(classifier.blocks[: layer + 1])
     anatomy = classifier.anatomy
     embedding = [] if anatomy.embedding is None else [classifier.module.get_submodule(anatomy.embedding)]
-    output = (states,) if anatomy.tuple_output else states
-    with passed_over(embedding, states), passed_over(below, output):
+    with passed_over(embedding, states), passed_over(below, anatomy.block_output(states)):
         return classifier.forward(batch)
 
 

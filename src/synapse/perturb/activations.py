@@ -76,11 +76,6 @@ class Intervention(ABC):
         """Return gain, offset and deviation of the edited neurons, in the order of `neurons.units`."""
 
     @property
-    def seed(self) -> int:
-        """Seed of the noise; kinds without noise never use it."""
-        return 0
-
-    @property
     def fits_every_layer(self) -> bool:
         """Whether the same numbers can be used at a later layer; means and deviations of one layer cannot."""
         return True
@@ -122,7 +117,8 @@ class Intervention(ABC):
             batch, n_tokens = classifier.current_batch, states.shape[1]
             rows = None if self.scope == "all" else classifier.readout_rows(batch, n_tokens)
             noisy = bool(edit.deviation.any())
-            noise = noise_for(batch, layer, n_tokens, classifier.width, seed=self.seed) if noisy else None
+            seed = self.seed if isinstance(self, Noise) else 0
+            noise = noise_for(batch, layer, n_tokens, classifier.width, seed=seed) if noisy else None
             everyone = torch.zeros(len(states), dtype=torch.long, device=states.device)
             return edit.take(everyone)(states, rows, None if noise is None else noise.to(states.device))
 
@@ -177,16 +173,11 @@ class Noise(Intervention):
     _: KW_ONLY
     strength: float
     deviations: tuple[float, ...]
-    draw: int = 0
+    seed: int = 0
 
     def map(self) -> tuple[float, float, Float[np.ndarray, "unit"]]:
         """Return gain 1, offset 0, and the deviation of the noise."""
         return 1.0, 0.0, self.strength * _one_each(self.deviations, self.neurons, "deviations")
-
-    @property
-    def seed(self) -> int:
-        """Seed of the noise."""
-        return self.draw
 
     @property
     def fits_every_layer(self) -> bool:

@@ -259,8 +259,8 @@ def redirect(run: Run) -> Panel:
         "redirect",
         "How small an edit of the head redirects a class",
         "Each cell is the smallest relative change ‖ΔW‖ / ‖W‖ of the head that turns half of the row's "
-        "class into the column's, with random edits of the head beside it; grey was not reached within "
-        "the searched range.",
+        "class into the column's, with random edits of the head beside it; grey cells were not reached at "
+        "any size.",
         wide=720,
     )
     attack = run.section("vulnerability", "head_edit", "d50")
@@ -278,7 +278,7 @@ def logit_shift(run: Run) -> Panel:
         "How far the logits must move",
         "Share of the other classes' examples that turn into a class when its logit is raised by that "
         "much, with 95 % intervals: the further left a curve rises, the easier the class is reached. "
-        "Dashed: random shifts of the same size.",
+        "Dashed: random shifts, at that size or below.",
         wide=480,
     )
     rows = run.attack[(run.attack["attack"] == "logit-shift") & (run.attack["measure"] == "success")]

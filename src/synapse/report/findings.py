@@ -175,7 +175,7 @@ def _scopes(run: Run) -> str:
         most = max(again, key=lambda layer: row[layer].value or 0.0)
         least = min(again, key=lambda layer: rows[layer].value or 0.0)
         return (
-            f"At {blocks(again)} ablation of the readout row ([CLS]) alone shows re-supply, not "
+            f"At {blocks(again)} ablation of the readout row{_name_of_row(run)} alone shows re-supply, not "
             "redundancy: losing the whole row costs no accuracy that can be told from zero (at most "
             f"{measured(row[most])}), while losing all rows costs at least {measured(rows[least])}, "
             "because later blocks read the answer again from the other tokens."
@@ -195,6 +195,10 @@ def _scopes(run: Run) -> str:
         f"At {blocks(silent)} neither the readout row nor all rows cost more than {number(LARGE)} beyond "
         "doubt when they are lost, so re-supply and redundancy cannot be told apart there."
     )
+
+
+def _name_of_row(run: Run) -> str:
+    return " ([CLS])" if run.manifest.get("model", {}).get("readout") == "first" else ""
 
 
 def _concentration(run: Run) -> str:
@@ -244,14 +248,14 @@ def _classes(run: Run) -> str:
         if drop is not None and not reaches_zero(drop):
             parts.append(f"{quoted(label)} loses most of its own, {measured(drop)}")
     overlap, chance = (_last(run, "specialisation", name) for name in ("overlap", "overlap_chance"))
-    if overlap is not None and overlap[1].value is not None and chance is not None:
+    if overlap is not None and chance is not None:
         parts.append(
             f"in block {overlap[0]} the top tenths of two classes overlap by {number(overlap[1].value)}, "
             "where random "
             f"sets overlap by {number(chance[1].value)} {interval(chance[1])}".rstrip()
         )
-    elif overlap is not None and overlap[1].note and not parts:
-        parts.append(f"whether classes have units of their own cannot be said: {overlap[1].note}")
+    elif (last := run.figure("specialisation", "overlap", run.last)) is not None and last.note and not parts:
+        parts.append(f"whether classes have units of their own cannot be said: {last.note}")
     return _sentence("; ".join(parts))
 
 
@@ -268,7 +272,7 @@ def _redirection(run: Run) -> str:
         if control is not None and control.value is not None:
             text += f" (a random edit needs {number(control.value)})"
         elif control is not None:
-            text += " (no random edit within the searched range does)"
+            text += " (random edits turn fewer than half of them, however large)"
         parts.append(text)
     if shift := cheapest_shift(run):
         target, figure = shift

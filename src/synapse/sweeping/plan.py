@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from synapse.errors import SettingsError, near
 from synapse.perturb.activations import Intervention, Mean, Noise, Scale, Zero
-from synapse.ranking.base import Ranking
+from synapse.ranking.base import Ranking, count_of
 from synapse.types import GLOBAL, SCOPES, Activations, Neurons, Scope, Selection
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
@@ -42,8 +42,11 @@ class Kind:
     name: str
     strength: float = float("nan")
 
-    def of(self, neurons: Neurons, scope: Scope, reference: Activations) -> Intervention:
-        """Return the intervention on these neurons; means and deviations are those of the reference examples."""
+    def of(self, neurons: Neurons, scope: Scope, reference: Activations, *, seed: int = 0) -> Intervention:
+        """Return the intervention on these neurons, with the reference examples' means and deviations.
+
+        `seed` is that of the noise.
+        """
         if self.name == "zero":
             return Zero(neurons, scope=scope)
         if self.name == "scale":
@@ -54,7 +57,7 @@ class Kind:
             return Mean(neurons, scope=scope, values=tuple(float(v) for v in mean[units]))
         if self.name == "noise":
             deviations = tuple(float(v) for v in deviation[units])
-            return Noise(neurons, scope=scope, strength=self.strength, deviations=deviations)
+            return Noise(neurons, scope=scope, strength=self.strength, deviations=deviations, seed=seed)
         known = ("zero", "mean", "scale", "noise")
         raise SettingsError(
             f"There is no intervention {self.name!r}; the kinds are {', '.join(known)}.{near(self.name, known)}"
@@ -70,8 +73,8 @@ KINDS = (ZERO, Kind("mean"), Kind("scale", 0.5), Kind("noise", 1.0))
 class Grid:
     """What a study sweeps; every field can be widened by those who will wait.
 
-    The first kind is swept over all of `fractions` from the top and at random, over `bottom_fractions` from the bottom
-    and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and random, where the
+    The first kind is swept over all of `fractions` and at 100 %, from the top and at random, over `bottom_fractions`
+    from the bottom and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and random, where the
     numbers they need exist. There are `random_sets` random sets of each size; each example meets
     `random_sets_per_example` of them, in turn.
     """
@@ -132,20 +135,28 @@ def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
             continue  # the moments of one layer say nothing about a later one
         build = _CellBuilder(ranking, layer, scope, kind)
         first = kind == grid.kinds[0]
-        fractions = grid.fractions if first else grid.kind_fractions
-        whole = 1.0 in fractions
-        fractions = tuple(f for f in fractions if f < 1)
-        cells += [build.top(f) for f in fractions]
-        cells += [build.everything()] if whole else []
-        for turn, (fraction, draw) in enumerate(product(fractions, range(grid.random_sets))):
+        sizes = _sizes(grid.fractions if first else grid.kind_fractions, ranking.width)
+        cells += [build.top(k) for k in sizes]
+        cells += [build.everything()] if first else []
+        for turn, (k, draw) in enumerate(product(sizes, range(grid.random_sets))):
             # Shifting the turn with the size spreads the sets evenly over the examples.
             share = (draw + turn // grid.random_sets, grid.random_sets, grid.random_sets_per_example)
             every = grid.random_sets == grid.random_sets_per_example
-            cells.append(build.random(fraction, draw, None if every else share, seed))
+            cells.append(build.random(k, draw, None if every else share, seed))
         if first:
-            cells += [build.bottom(f) for f in grid.bottom_fractions if f < 1]
-            cells += [build.top(f, label) for label in ranking.labels for f in grid.label_fractions if f < 1]
+            cells += [build.bottom(k) for k in _sizes(grid.bottom_fractions, ranking.width)]
+            cells += [
+                build.top(k, label) for label in ranking.labels for k in _sizes(grid.label_fractions, ranking.width)
+            ]
     return cells
+
+
+def _sizes(fractions: Sequence[float], width: int) -> list[int]:
+    """Return the different numbers of neurons that shares of the width come to, below the whole width.
+
+    In a narrow layer two shares may come to one size; a cell's fraction is that of the size, not the one asked for.
+    """
+    return sorted({count_of(float(fraction), width) for fraction in fractions} - {width})
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,17 +168,17 @@ class _CellBuilder:
     scope: Scope
     kind: Kind
 
-    def top(self, fraction: float, label: str = GLOBAL) -> Cell:
-        neurons = self.ranking.top(fraction, layer=self.layer, label=label)
-        return Cell(neurons, self.scope, self.kind, self.ranking.method, label, "top", -1, fraction)
+    def top(self, k: int, label: str = GLOBAL) -> Cell:
+        neurons = self.ranking.top(k, layer=self.layer, label=label)
+        return Cell(neurons, self.scope, self.kind, self.ranking.method, label, "top", -1, k / self.ranking.width)
 
-    def bottom(self, fraction: float) -> Cell:
-        neurons = self.ranking.bottom(fraction, layer=self.layer)
-        return Cell(neurons, self.scope, self.kind, self.ranking.method, GLOBAL, "bottom", -1, fraction)
+    def bottom(self, k: int) -> Cell:
+        neurons = self.ranking.bottom(k, layer=self.layer)
+        return Cell(neurons, self.scope, self.kind, self.ranking.method, GLOBAL, "bottom", -1, k / self.ranking.width)
 
-    def random(self, fraction: float, draw: int, share: tuple[int, int, int] | None, seed: int) -> Cell:
-        neurons = self.ranking.random(fraction, layer=self.layer, seed=seed * 1009 + draw)
-        return Cell(neurons, self.scope, self.kind, "random", GLOBAL, "random", draw, fraction, share)
+    def random(self, k: int, draw: int, share: tuple[int, int, int] | None, seed: int) -> Cell:
+        neurons = self.ranking.random(k, layer=self.layer, seed=seed * 1009 + draw)
+        return Cell(neurons, self.scope, self.kind, "random", GLOBAL, "random", draw, k / self.ranking.width, share)
 
     def everything(self) -> Cell:
         neurons = Neurons(self.layer, tuple(range(self.ranking.width)))
@@ -213,9 +224,9 @@ class Run:
         """The layer that is edited."""
         return self.neurons.layer
 
-    def intervention(self, reference: Activations) -> Intervention:
+    def intervention(self, reference: Activations, *, seed: int) -> Intervention:
         """Return the intervention, with the means and deviations of the reference examples."""
-        return self.kind.of(self.neurons, self.scope, reference)
+        return self.kind.of(self.neurons, self.scope, reference, seed=seed)
 
 
 def merged_runs(cells: Sequence[Cell], n_examples: int, n_layers: int) -> list[Run]:

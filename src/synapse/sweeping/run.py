@@ -68,7 +68,7 @@ def sweep(
     planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
     targets = examples.targets(classifier.labels)
     runs = merged_runs(planned, len(examples), classifier.n_layers)
-    groups = _grouped(runs, reference, classifier, plain=engine == "plain")
+    groups = _grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
     results = np.full((len(runs), len(examples), len(classifier.labels)), np.nan, dtype=np.float32)
     clean_logits = np.empty((len(examples), len(classifier.labels)), dtype=np.float32)
     done, total = 0, sum(int(run.examples.sum()) for run in runs)
@@ -90,13 +90,13 @@ def sweep(
 class _Group:
     """Runs of one layer and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
 
-    `asked` says which of all examples each run is about. `trusted` says whether resuming gives the plain forward's
+    `asked` says which of all examples each run is about. `noise_seed` is None where nothing is random. `trusted` says whether resuming gives the plain forward's
     logits; None as long as it was not compared.
     """
 
     layer: int
     scope: Scope
-    noisy: bool
+    noise_seed: int | None
     rows: Int[np.ndarray, "run"]
     interventions: list[Intervention]
     asked: Bool[np.ndarray, "run all"]
@@ -162,8 +162,9 @@ class _Group:
         example: Int[np.ndarray, "pair"],
     ) -> bool:
         """Compare a few runs, from the smallest set to the largest, with the plain hooked forward."""
-        clean = clean.first(PROOF_EXAMPLES)
-        run, example = run[example < PROOF_EXAMPLES], example[example < PROOF_EXAMPLES]
+        asked = np.unique(example)[:PROOF_EXAMPLES]
+        run, example = run[np.isin(example, asked)], np.searchsorted(asked, example[np.isin(example, asked)])
+        clean = clean.take(asked)
         sizes = np.array([len(intervention.neurons) for intervention in self.interventions])
         by_size = np.unique(run)[np.argsort(sizes[np.unique(run)], kind="stable")]
         few = np.isin(run, by_size[np.linspace(0, len(by_size) - 1, 3).astype(int)])
@@ -183,24 +184,37 @@ class _Group:
 
     def _noise(self, classifier: Classifier, clean: CleanPass) -> dict[int, torch.Tensor]:
         """Return the noise of every example of the batch at each edited layer; nothing where none is needed."""
-        layers = self._edited_layers(classifier) if self.noisy else ()
+        if self.noise_seed is None:
+            return {}
+        size = (clean.n_tokens, classifier.width)
         return {
-            layer: noise_for(clean.batch, layer, clean.n_tokens, classifier.width, seed=0).to(classifier.device)
-            for layer in layers
+            layer: noise_for(clean.batch, layer, *size, seed=self.noise_seed).to(classifier.device)
+            for layer in self._edited_layers(classifier)
         }
 
 
-def _grouped(runs: Sequence[Run], reference: Activations, classifier: Classifier, *, plain: bool) -> list[_Group]:
+def _grouped(
+    runs: Sequence[Run], reference: Activations, classifier: Classifier, *, seed: int, plain: bool
+) -> list[_Group]:
     members: dict[tuple[int, Scope, bool], list[int]] = defaultdict(list)
     for row, run in enumerate(runs):
         members[run.layer, run.scope, run.kind.name == "noise"].append(row)
     groups = []
     for (layer, scope, noisy), rows in sorted(members.items()):
         chosen = [runs[row] for row in rows]
-        interventions = [run.intervention(reference) for run in chosen]
+        interventions = [run.intervention(reference, seed=seed) for run in chosen]
         edit = AffineEdit.stacked([each.edit(classifier.width) for each in interventions]).to(classifier.device)
         asked = np.stack([run.examples for run in chosen])
         groups.append(
-            _Group(layer, scope, noisy, np.array(rows), interventions, asked, edit, trusted=False if plain else None)
+            _Group(
+                layer,
+                scope,
+                seed if noisy else None,
+                np.array(rows),
+                interventions,
+                asked,
+                edit,
+                False if plain else None,
+            )
         )
     return groups
