@@ -74,8 +74,8 @@ class Grid:
     """What a study sweeps; every field can be widened by those who will wait.
 
     The first kind is swept over all of `fractions` and at 100 %, from the top and at random, over `bottom_fractions`
-    from the bottom and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and random, where the
-    numbers they need exist. There are `random_sets` random sets of each size; each example meets
+    from the bottom and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and
+    random, where the numbers they need exist. There are `random_sets` random sets of each size; each example meets
     `random_sets_per_example` of them, in turn.
     """
 

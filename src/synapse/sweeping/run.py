@@ -90,8 +90,8 @@ def sweep(
 class _Group:
     """Runs of one layer and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
 
-    `asked` says which of all examples each run is about. `noise_seed` is None where nothing is random. `trusted` says whether resuming gives the plain forward's
-    logits; None as long as it was not compared.
+    `asked` says which of all examples each run is about. `noise_seed` is None where nothing is random. `trusted` says
+    whether resuming gives the plain forward's logits; None as long as it was not compared.
     """
 
     layer: int
