@@ -174,3 +174,12 @@ def test_a_figure_without_an_interval_is_drawn_without_one(run_folder: Path) -> 
     (drawn,) = traces(figures.overlap(open_run(run_folder)).shown, "top tenths of two classes")
 
     assert (drawn.error_y.array[0], drawn.error_y.arrayminus[0]) == (0, 0)
+
+
+def test_the_probe_panel_says_how_near_the_fits_are_to_their_optimum(run_folder: Path) -> None:
+    assert "converged" not in figures.probe(open_run(run_folder)).caption
+    path = run_folder / "tables" / "probe.parquet"
+    table = pd.read_parquet(path)
+    certificates = table.iloc[:2].assign(measure="gradient_norm", value=[3e-8, 1e-9])
+    pd.concat([table, certificates]).to_parquet(path)
+    assert "no entry of its gradient is above 3e-08" in figures.probe(open_run(run_folder)).caption

@@ -340,7 +340,7 @@ def probe(run: Run) -> Panel:
         "What can be read at each block",
         "Accuracy of a linear probe on the readout row, of the same probe on control labels, and their "
         "difference (selectivity), with 95 % intervals. A probe shows what can be read, not what the "
-        "model uses: compare with the headroom of the same block.",
+        "model uses: compare with the headroom of the same block." + _convergence(run),
         wide=480,
     )
     lines = {
@@ -359,7 +359,18 @@ def probe(run: Run) -> Panel:
         level(drawn, accuracy.value, "the classifier itself")
     _block_axis(drawn, run)
     drawn.update_yaxes(rangemode="tozero")
-    return replace(panel, figures={(): drawn}, numbers=_numbers({lines[m][0]: figures for m, figures in found.items()}))
+    numbers = {lines[measure][0]: figures for measure, figures in found.items()}
+    numbers["macro-F1 of the probe"] = _by_layer(run, "probe", "macro_f1")
+    return replace(panel, figures={(): drawn}, numbers=_numbers(numbers))
+
+
+def _convergence(run: Run) -> str:
+    """Return how near the probes are to their optimum, as a sentence; nothing where the table does not say."""
+    table = run.probe
+    if table.empty or not (table["measure"] == "gradient_norm").any():
+        return ""
+    worst = table.loc[table["measure"] == "gradient_norm", "value"].max()
+    return f" Every probe converged: no entry of its gradient is above {worst:.0e}."
 
 
 def _small_multiples(run: Run, scope: str, method: str) -> go.Figure:
