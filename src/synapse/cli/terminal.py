@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from synapse.report.findings import key_numbers, summary_lines
@@ -23,21 +23,29 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def stage_progress() -> Iterator[StageProgress]:
     """Give a callback that draws one bar a stage with the time left; it draws nothing when stderr is no terminal."""
     columns = (
-        TextColumn("  {task.description:<12}"),
+        TextColumn("  {task.description:<14}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
+
+        def finish_all() -> None:
+            """Fill the bars of earlier stages: one without countable steps would move on for ever."""
+            for task in tasks.values():
+                total = bars.tasks[task].total or 1
+                bars.update(task, total=total, completed=total)
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
+                finish_all()
                 tasks[stage] = bars.add_task(stage, total=total or None)
             elif total:
-                bars.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+                bars.update(tasks[stage], completed=done, total=total)
 
         yield show
+        finish_all()
 
 
 def show_forecast(forecast: Forecast) -> None:
