@@ -36,8 +36,8 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def fraction(share: float) -> str:
-    """Return a share of the width in per cent, as short as it is exact: `2.5 %`, `50 %`."""
-    return f"{100 * share:.4g} %"
+    """Return a share of the width in per cent, to three digits: `2.5 %`, `89.6 %`, `50 %`."""
+    return f"{100 * share:.3g} %"
 
 
 def interval(figure: Figure, digits: int = 2) -> str:
