@@ -176,7 +176,7 @@ def _manifest(n_layers: int, labels: Sequence[str], title: str, width: int, cell
             "hash": digest,
             "blocks": "encoder.layer",
             "width": width,
-            "readout": "first row",
+            "readout": "first",
             "head": "classifier",
             "parameters": 1234567,
             "proofs": {"identity edit changes nothing": "bitwise", "weights after the study": digest},

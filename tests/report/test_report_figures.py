@@ -183,3 +183,10 @@ def test_the_probe_panel_says_how_near_the_fits_are_to_their_optimum(run_folder:
     certificates = table.iloc[:2].assign(measure="gradient_norm", value=[3e-8, 1e-9])
     pd.concat([table, certificates]).to_parquet(path)
     assert "no entry of its gradient is above 3e-08" in figures.probe(open_run(run_folder)).caption
+
+
+def test_a_narrow_axis_names_the_steps_nearest_to_its_ends_and_middle() -> None:
+    from synapse.report.curves import few_steps
+
+    assert few_steps([0.0, 1 / 64, 3 / 64, 6 / 64, 0.25, 0.5, 0.75, 58 / 64, 61 / 64, 63 / 64, 1.0]) == [0, 2, 5, 8, 10]
+    assert few_steps([0.0, 0.5, 1.0]) == [0, 1, 2]

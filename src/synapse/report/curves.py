@@ -1,6 +1,7 @@
 """Ablation curves out of the sweep table."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,15 @@ def ablation_curve(run: Run, *, layer: int, scope: str, selection: str, method: 
     clean = pd.DataFrame([[0.0, unedited, np.nan, np.nan, 0.0]], columns=list(COLUMNS))
     parts = [part for part in (clean, points, everything) if len(part)]
     return pd.concat(parts, ignore_index=True).sort_values("fraction", ignore_index=True)
+
+
+def few_steps(steps: Sequence[float]) -> list[int]:
+    """Return the positions of a few shares to name on a narrow axis: those nearest to both ends and the middle."""
+    if len(steps) <= 6:
+        return list(range(len(steps)))
+    return sorted(
+        {min(range(len(steps)), key=lambda i: abs(steps[i] - share)) for share in (0.0, 0.05, 0.5, 0.95, 1.0)}
+    )
 
 
 def _single(cells: pd.DataFrame) -> pd.DataFrame:

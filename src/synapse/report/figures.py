@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from synapse.report.curves import ablation_curve
+from synapse.report.curves import ablation_curve, few_steps
 from synapse.report.findings import reaches_zero
 from synapse.report.run import Run
 from synapse.report.words import EVERY, SCOPES, SELECTIONS, fraction, measured, number, shortened
@@ -726,9 +726,8 @@ def _block_axis(drawn: go.Figure, run: Run) -> None:
 
 def _step_axis(steps: Sequence[float], sparse: bool) -> dict[str, Any]:
     """Return an axis whose ticks are the swept shares; a sparse one names few enough not to collide."""
-    named = {0.0, 0.05, 0.5, 0.95, 1.0} if sparse else set(steps)
-    shown = [index for index, share in enumerate(steps) if share in named or len(steps) <= 7]
-    text = [f"{100 * steps[index]:.3g}" + ("%" if sparse else " %") for index in shown]
+    shown = few_steps(steps) if sparse else list(range(len(steps)))
+    text = [f"{100 * steps[index]:.0f}%" if sparse else f"{100 * steps[index]:.3g} %" for index in shown]
     return {"tickvals": shown, "ticktext": text, "tickangle": 0, "showgrid": False}
 
 

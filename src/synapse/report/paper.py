@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 
 from synapse.errors import SettingsError, near
-from synapse.report.curves import ablation_curve
+from synapse.report.curves import ablation_curve, few_steps
 from synapse.report.findings import reaches_zero
 from synapse.report.run import Run, open_run
 from synapse.report.words import SCOPES, SELECTIONS, shortened
@@ -151,8 +151,8 @@ def _ablation_curves(run: Run, layers: Sequence[int]) -> Drawing | None:
                 axes.set_title(f"block {layer}")
             if column == 0:
                 axes.set_ylabel(SCOPES[scope].replace(", ", ",\n") + "\n\naccuracy")
-    shown = [i for i, share in enumerate(steps) if share in (0.0, 0.05, 0.5, 0.95, 1.0) or len(steps) <= 6]
-    grid[0][0].set_xticks(shown, [f"{100 * steps[i]:g}%" for i in shown])
+    shown = few_steps(steps)
+    grid[0][0].set_xticks(shown, [f"{100 * steps[i]:.0f}%" for i in shown])
     grid[0][0].set_ylim(0, 1.03)
     for axes in grid[-1]:
         axes.set_xlabel("units removed (equally spaced steps)")
