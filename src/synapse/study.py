@@ -34,7 +34,7 @@ from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
 from synapse.sweeping import Cost, cost_of, plan, sweep
-from synapse.types import Activations, Progress, Redirection
+from synapse.types import Activations, Progress, Redirection, Sweep
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _manifest(
     weights_hash: str,
     seconds: dict[str, float],
     n_swept: int,
-    outcome: Any,
+    outcome: Sweep,
 ) -> dict[str, Any]:
     anatomy = classifier.anatomy
     packages = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "zarr", "pandas")
@@ -309,6 +309,11 @@ def _manifest(
         "labels": list(classifier.labels),
         "n_layers": classifier.n_layers,
         "width": classifier.width,
-        "sweep": {"examples": n_swept, "cells": len(outcome.cells), "sampled": n_swept < len(test)},
+        "sweep": {
+            "examples": n_swept,
+            "cells": len(outcome.cells),
+            "sampled": n_swept < len(test),
+            "run_plain": list(outcome.run_plain),
+        },
         "timings": {**seconds, "total": round(sum(seconds.values()), 3)},
     }

@@ -89,7 +89,8 @@ class Sweep:
 
     `cells` has one row a cell, in the order of `logits`, with the columns `layer`, `depth`, `scope`, `kind`,
     `strength`, `method`, `label`, `selection`, `draw`, `fraction`, `k` (docs/run-folder.md says what each
-    means). Where a cell ran only some of the examples, the logits of the others are NaN.
+    means). Where a cell ran only some of the examples, the logits of the others are NaN. `run_plain` names the layers
+    and scopes whose resumed logits were not trusted, so that the whole model was run for each of their cells.
     """
 
     cells: pd.DataFrame
@@ -97,6 +98,7 @@ class Sweep:
     clean_logits: Float[np.ndarray, "example label"]
     targets: Int[np.ndarray, "example"]
     labels: tuple[str, ...]
+    run_plain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,7 @@ def test_a_layer_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeyp
     monkeypatch.setattr(module, "resume", lambda *args: good(*args) + 0.01 * (args[2] == 1))
     swept = sweep(classifier, examples, some_ranking(classifier), **options)
     np.testing.assert_allclose(swept.logits, right.logits, atol=2e-5)
+    assert swept.run_plain == ("layer 1, all", "layer 1, readout", "layer 1, readout-onward")
     assert {record.getMessage()[:8] for record in caplog.records} == {"Layer 1,"}
 
 

@@ -83,7 +83,9 @@ def sweep(
     logits = np.empty((len(planned), *results.shape[1:]), dtype=np.float32)
     for row, merged in enumerate(runs):
         logits[list(merged.cells)] = results[row]
-    return Sweep(cells_frame(planned, classifier.n_layers), logits, clean_logits, targets, classifier.labels)
+    frame = cells_frame(planned, classifier.n_layers)
+    run_plain = tuple(f"layer {group.layer}, {group.scope}" for group in groups if group.trusted is False)
+    return Sweep(frame, logits, clean_logits, targets, classifier.labels, tuple(dict.fromkeys(run_plain)))
 
 
 @dataclass(eq=False)
