@@ -103,12 +103,12 @@ def run_study(
     rows = _sample(test, classifier, settings.examples, settings.seed)
     swept = test.take(rows)
     noisy = _sample(swept, classifier, settings.noise_examples, settings.seed)
-    timer = _Timer(progress)
+    timer, seed = _Timer(progress), settings.seed
     weights_hash = classifier.weights_hash()
 
     recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, step))
-    probes = timer.stage("probe", lambda _: fit_probes(recorded.train, seed=settings.seed))
-    evaluations = timer.stage("controls", lambda _: _evaluated(probes, recorded, train, test, settings.seed))
+    probes = timer.stage("probe", lambda _: fit_probes(recorded.train, seed=seed))
+    evaluations = timer.stage("controls", lambda _: _evaluated(probes, recorded, train, test, seed))
     rankings = timer.stage("rank", lambda _: _rankings(recorded.train, probes, settings))
     outcome = timer.stage(
         "sweep",
@@ -117,37 +117,28 @@ def run_study(
             swept,
             rankings[0],
             reference=recorded.train,
-            cells=plan(rankings[0], settings.grid(), seed=settings.seed),
-            seed=settings.seed,
+            cells=plan(rankings[0], settings.grid(), seed=seed),
+            seed=seed,
             progress=step,
         ),
     )
-    redirections = timer.stage("attack", lambda _: _redirections(classifier, recorded, settings.seed))
+    redirections = timer.stage("attack", lambda _: _redirections(classifier, recorded, seed))
     noise = timer.stage(
         "weight noise",
-        lambda step: noise_attack(
-            classifier, swept.take(noisy), seed=settings.seed, draws=settings.noise_draws, progress=step
-        ),
+        lambda step: noise_attack(classifier, swept.take(noisy), seed=seed, draws=settings.noise_draws, progress=step),
     )
     if classifier.weights_hash() != weights_hash:
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
-    with timer.measuring("measure"):
-        tables = {
-            "probe": _probe_table(evaluations, classifier, settings.seed),
+    tables = timer.stage(
+        "measure",
+        lambda _: {
+            "probe": _probe_table(evaluations, classifier, seed),
             "ranking": pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
             "sweep": sweep_table(outcome),
-            "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=settings.seed),
-        }
-        card = scorecard(
-            test_logits=recorded.test.logits,
-            test_targets=recorded.test.targets,
-            probe_table=tables["probe"],
-            ranking_table=tables["ranking"],
-            sweep=outcome,
-            attack_table=tables["attack"],
-            method=settings.methods[0],
-            seed=settings.seed,
-        )
+            "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=seed),
+        },
+    )
+    card = timer.stage("scorecard", lambda _: _scorecard(recorded.test, outcome, tables, settings))
     with new_run(out, overwrite=settings.overwrite) as draft:
         for name, table in tables.items():
             write_table(draft, name, table)
@@ -208,6 +199,21 @@ def _probe_table(evaluations: Sequence[ProbeEvaluation], classifier: Classifier,
                 seed=seed,
             )
         ]
+    )
+
+
+def _scorecard(
+    test: Activations, outcome: Sweep, tables: dict[str, pd.DataFrame], settings: Settings
+) -> dict[str, Any]:
+    return scorecard(
+        test_logits=test.logits,
+        test_targets=test.targets,
+        probe_table=tables["probe"],
+        ranking_table=tables["ranking"],
+        sweep=outcome,
+        attack_table=tables["attack"],
+        method=settings.methods[0],
+        seed=settings.seed,
     )
 
 

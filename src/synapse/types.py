@@ -31,6 +31,21 @@ Progress = Callable[[int, int], None]
 GLOBAL = ""
 """The label of the ranking over all classes."""
 
+CELL_COLUMNS = (
+    "layer",
+    "depth",
+    "scope",
+    "kind",
+    "strength",
+    "method",
+    "label",
+    "selection",
+    "draw",
+    "fraction",
+    "k",
+)
+"""What says which intervention a cell of a sweep is; docs/run-folder.md explains each."""
+
 
 def silent(_done: int, _total: int) -> None:
     """Report progress to nobody."""
@@ -87,10 +102,9 @@ class Activations:
 class Sweep:
     """Logits of every example under every cell of a plan.
 
-    `cells` has one row a cell, in the order of `logits`, with the columns `layer`, `depth`, `scope`, `kind`,
-    `strength`, `method`, `label`, `selection`, `draw`, `fraction`, `k` (docs/run-folder.md says what each
-    means). Where a cell ran only some of the examples, the logits of the others are NaN. `run_plain` names the layers
-    and scopes whose resumed logits were not trusted, so that the whole model was run for each of their cells.
+    `cells` has one row a cell, in the order of `logits`, with the columns `CELL_COLUMNS`. Where a cell ran only some
+    of the examples, the logits of the others are NaN. `run_plain` names the layers and scopes whose resumed logits
+    were not trusted, so that the whole model was run for each of their cells.
     """
 
     cells: pd.DataFrame

@@ -13,29 +13,16 @@ import pandas as pd
 import zarr
 
 from synapse.errors import RunFolderError
-from synapse.types import SCOPES, Figure
+from synapse.types import CELL_COLUMNS, SCOPES, Figure
 
 FORMAT = 1
 """The format of manifest and scorecard that is read here."""
 
-_CELL = (
-    "layer",
-    "depth",
-    "scope",
-    "kind",
-    "strength",
-    "method",
-    "label",
-    "selection",
-    "draw",
-    "fraction",
-    "k",
-)
 _INTERVAL = ("value", "low", "high", "n")
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "probe": ("layer", "depth", "measure", *_INTERVAL, "unit"),
     "ranking": ("method", "layer", "label", "rank", "unit", "score"),
-    "sweep": (*_CELL, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
+    "sweep": (*CELL_COLUMNS, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
     "attack": (
         "attack",
         "location",

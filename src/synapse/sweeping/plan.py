@@ -15,24 +15,10 @@ from jaxtyping import Bool, Float
 from synapse.errors import SettingsError, near
 from synapse.perturb.activations import Intervention, Mean, Noise, Scale, Zero
 from synapse.ranking.base import Ranking, count_of
-from synapse.types import GLOBAL, SCOPES, Activations, Neurons, Scope, Selection
+from synapse.types import CELL_COLUMNS, GLOBAL, SCOPES, Activations, Neurons, Scope, Selection
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Shares of the width, dense at both ends: in early layers little is lost before nearly all is gone."""
-
-COLUMNS = (
-    "layer",
-    "depth",
-    "scope",
-    "kind",
-    "strength",
-    "method",
-    "label",
-    "selection",
-    "draw",
-    "fraction",
-    "k",
-)
 
 
 @dataclass(frozen=True)
@@ -285,4 +271,4 @@ def cells_frame(cells: Sequence[Cell], n_layers: int) -> pd.DataFrame:
         )
         for cell in cells
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(CELL_COLUMNS))
