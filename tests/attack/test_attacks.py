@@ -185,3 +185,21 @@ def test_the_interval_of_weight_noise_covers_the_draws():
     rate = table[table["measure"] == "flip_rate"].iloc[0]
     assert (rate["value"], rate["n"]) == (0.5, 40)
     assert rate["high"] - rate["low"] > 0.5
+
+
+def test_weight_noise_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeypatch, caplog):
+    import synapse.attack.noise as module
+
+    classifier, examples = planted_classifier(3), planted_examples(9, seed=1)
+    options = {"seed": 5, "budgets": (1.0,), "draws": 2}
+    right = noise_attack(classifier, examples, **options)
+    good = module.resume
+    monkeypatch.setattr(module, "resume", lambda *args: good(*args) * float("nan"))
+    for expected, found in zip(right, noise_attack(classifier, examples, **options), strict=True):
+        np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    # a change of block 0 is run whole anyway
+    assert [record.getMessage()[:22] for record in caplog.records] == [
+        "Weight noise at block ",
+        "Weight noise at block ",
+        "Weight noise at head: ",
+    ]

@@ -79,12 +79,10 @@ def _clean_groups(classifier: Classifier, examples: Examples) -> Iterator[list[C
 def _agrees_with_whole(classifier: Classifier, clean: CleanPass, place: str) -> bool:
     whole = classifier.forward(clean.batch)
     gap = float((_from_place(classifier, clean, place) - whole).abs().max())
-    if gap > TOLERANCE * (1 + float(whole.abs().max())):
-        log.warning(
-            "Weight noise at %s: resumed logits differ from the plain forward by %.1e; it is run plain.", place, gap
-        )
-        return False
-    return True
+    agrees = gap <= TOLERANCE * (1 + float(whole.abs().max()))  # false for NaN, which agrees with nothing
+    if not agrees:
+        log.warning("Weight noise at %s: resumed logits are %.1e from the plain forward; it is run plain.", place, gap)
+    return agrees
 
 
 def noise_cost(classifier: Classifier, n_examples: int, *, budgets: int = len(BUDGETS), draws: int = DRAWS) -> int:

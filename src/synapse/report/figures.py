@@ -171,15 +171,7 @@ def ablation(run: Run) -> Panel:
         "% intervals.",
         wide=760,
     )
-    methods = run.swept_methods
-    swept = [scope for scope in SCOPES if scope in set(run.sweep["scope"])]
-    if not methods or not swept:
-        return _without(panel, "The run folder has no sweep table with ranked units.")
-    choices = (
-        Choice("Scope", tuple(SCOPES[scope] for scope in swept), len(swept) - 1),  # all rows: true curves
-        Choice("Ranking", methods, methods.index(run.method)),
-    )
-    return replace(panel, figures=_each(_small_multiples, run, swept, methods), choices=choices)
+    return _by_scope_and_ranking(panel, run, _small_multiples)
 
 
 def layer_by_fraction(run: Run) -> Panel:
@@ -192,15 +184,7 @@ def layer_by_fraction(run: Run) -> Panel:
         "more accuracy is lost.",
         wide=720,
     )
-    methods = run.swept_methods
-    swept = [scope for scope in SCOPES if scope in set(run.sweep["scope"])]
-    if not methods or not swept:
-        return _without(panel, "The run folder has no sweep table with ranked units.")
-    choices = (
-        Choice("Scope", tuple(SCOPES[scope] for scope in swept), len(swept) - 1),  # all rows: true curves
-        Choice("Ranking", methods, methods.index(run.method)),
-    )
-    return replace(panel, figures=_each(_accuracy_map, run, swept, methods), choices=choices)
+    return _by_scope_and_ranking(panel, run, _accuracy_map)
 
 
 def recall_drop(run: Run) -> Panel:
@@ -583,12 +567,20 @@ def _without(panel: Panel, why: str) -> Panel:
     return replace(panel, missing=f"{why} This figure is left out.")
 
 
-def _each(
-    draw: Callable[[Run, str, str], go.Figure], run: Run, scopes: Sequence[str], methods: Sequence[str]
-) -> dict[tuple[int, ...], go.Figure]:
-    return {
-        (i, j): draw(run, scope, method) for (i, scope), (j, method) in product(enumerate(scopes), enumerate(methods))
+def _by_scope_and_ranking(panel: Panel, run: Run, draw: Callable[[Run, str, str], go.Figure]) -> Panel:
+    """Return the panel with one figure for each scope and ranking that were swept, and selectors for both."""
+    methods = run.swept_methods
+    swept = [scope for scope in SCOPES if scope in set(run.sweep["scope"])]
+    if not methods or not swept:
+        return _without(panel, "The run folder has no sweep table with ranked units.")
+    choices = (
+        Choice("Scope", tuple(SCOPES[scope] for scope in swept), len(swept) - 1),  # all rows: true curves
+        Choice("Ranking", methods, methods.index(run.method)),
+    )
+    figures: dict[tuple[int, ...], go.Figure] = {
+        (i, j): draw(run, scope, method) for (i, scope), (j, method) in product(enumerate(swept), enumerate(methods))
     }
+    return replace(panel, figures=figures, choices=choices)
 
 
 def _by_layer(run: Run, *keys: str) -> dict[int, Figure]:

@@ -179,10 +179,6 @@ class Cost:
     runs: int
     block_passes: int
 
-    def forward_passes(self, n_layers: int) -> float:
-        """Return the cost in full forward passes of one example."""
-        return self.block_passes / n_layers
-
 
 def cost_of(cells: Sequence[Cell], n_examples: int, n_layers: int) -> Cost:
     """Return what the plan will really run, after equal cells were merged."""

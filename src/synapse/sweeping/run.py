@@ -173,13 +173,14 @@ class _Group:
         resumed = self._resumed(classifier, clean, run[few], example[few], self._noise(classifier, clean))
         plain = np.concatenate([logits for _, _, logits in self._plain(classifier, clean, run[few], example[few])])
         worst = float(np.abs(plain - resumed).max())
-        if worst > TOLERANCE:
+        agrees = worst <= TOLERANCE  # false for NaN, which agrees with nothing
+        if not agrees:
             log.warning(
                 "Layer %d, scope %s: resumed logits differ from the plain forward by %.1e (at most %.0e is trusted); "
                 "it is run plain, which is slower.",
                 *(self.layer, self.scope, worst, TOLERANCE),
             )
-        return worst <= TOLERANCE
+        return agrees
 
     def _edited_layers(self, classifier: Classifier) -> range:
         return range(self.layer, classifier.n_layers if self.scope == "readout-onward" else self.layer + 1)
