@@ -23,7 +23,7 @@ from typing import Any
 _HOMES = {
     "Classifier": "synapse.model.classifier",
     "Examples": "synapse.data.examples",
-    "read_examples": "synapse.data.examples",
+    "read_examples": "synapse.data.reading",
     "split_examples": "synapse.data.examples",
     "record": "synapse.recording",
     "fit_probes": "synapse.probe.probe",

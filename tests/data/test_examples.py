@@ -1,151 +1,10 @@
-import json
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from synapse.data.examples import (
-    Examples,
-    read_examples,
-    sample_examples,
-    shared_inputs,
-    split_examples,
-)
+from synapse.data.examples import Examples, sample_examples, shared_inputs, split_examples
 from synapse.errors import DataError, LabelError, SettingsError
-
-ROWS = {"text": ["NA", 'a, "b"\nc', "naïve ☕"], "label": ["sqli", "1", "null"]}
-
-
-def write(path, rows):
-    table = pd.DataFrame(rows)
-    match path.suffix:
-        case ".csv":
-            table.to_csv(path, index=False)
-        case ".tsv":
-            table.to_csv(path, index=False, sep="\t")
-        case ".parquet":
-            table.to_parquet(path)
-        case _:
-            path.write_text("\n".join(json.dumps(row) for row in table.to_dict("records")), encoding="utf-8")
-    return path
-
-
-def refusal(path, **columns):
-    with pytest.raises(DataError) as caught:
-        read_examples(path, **columns)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".CSV"])
-def test_texts_and_labels_come_back_as_written_in_every_format(tmp_path, suffix):
-    path = write(tmp_path / f"rows{suffix.lower()}", ROWS).rename(tmp_path / f"rows{suffix}")
-
-    examples = read_examples(path)
-
-    assert examples.inputs == tuple(ROWS["text"])
-    assert examples.labels == tuple(ROWS["label"])
-    assert examples.name == f"rows{suffix}"
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_integer_labels_become_their_digits(tmp_path, suffix):
-    path = write(tmp_path / f"rows{suffix}", {"sentence": ["a", "b"], "y": [0, 1]})
-
-    assert read_examples(path, text="sentence", label="y").labels == ("0", "1")
-
-
-def test_a_byte_order_mark_does_not_hide_the_first_column(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("text,label\na,x\nb,y\n", encoding="utf-8-sig")
-
-    assert read_examples(path, text=None, label=None).labels == ("x", "y")
-
-
-def test_a_missing_file_is_told_with_its_neighbours(tmp_path):
-    write(tmp_path / "train.csv", ROWS)
-    missing = tmp_path / "trian.csv"
-
-    assert refusal(missing) == (f"There is no file {missing}. Did you mean 'train.csv'? Give the path of a data file.")
-
-
-def test_a_folder_and_an_unknown_suffix_are_refused(tmp_path):
-    (tmp_path / "rows.xlsx").touch()
-
-    assert refusal(tmp_path) == (
-        f"{tmp_path} is a folder: give the path of a data file (.csv, .tsv, .jsonl, .ndjson, .parquet)."
-    )
-    assert refusal(tmp_path / "rows.xlsx") == (
-        f"{tmp_path / 'rows.xlsx'} ends in '.xlsx': give a file that ends in .csv, .tsv, .jsonl, .ndjson, .parquet."
-    )
-
-
-def test_a_wrong_column_is_told_with_the_columns_there_are(tmp_path):
-    path = write(tmp_path / "rows.csv", {"texts": ["a", "b"], "label": ["x", "y"]})
-
-    assert refusal(path) == (
-        f"{path} has no column 'text', only 'texts', 'label'. Did you mean 'texts'? Name the text column with `text`."
-    )
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_an_empty_file_is_refused(tmp_path, name):
-    (tmp_path / name).touch()
-
-    assert refusal(tmp_path / name) == (f"{tmp_path / name} is empty: give a file with a text and a label column.")
-
-
-def test_a_header_without_rows_is_refused(tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label\n")
-
-    assert refusal(tmp_path / "rows.csv") == (
-        f"{tmp_path / 'rows.csv'} has no rows: give a file with at least one example of each of two classes."
-    )
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_empty_texts_are_told_by_their_rows(tmp_path, suffix):
-    texts = ["a", "", "b", *[" "] * 6]
-    path = write(tmp_path / f"rows{suffix}", {"text": texts, "label": list("xyxyxyxyx")})
-
-    assert refusal(path) == (
-        f"Column 'text' of {path} is empty in data rows 2, 4, 5, 6, 7 and 2 more: fill in or remove these rows."
-    )
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_a_missing_label_is_told_by_its_row(tmp_path, suffix):
-    path = write(tmp_path / f"rows{suffix}", {"text": ["a", "b", "c"], "label": ["x", None, "y"]})
-
-    assert refusal(path) == f"Column 'label' of {path} is empty in data row 2: label or remove these rows."
-
-
-def test_one_class_only_is_refused(tmp_path):
-    path = write(tmp_path / "rows.csv", {"text": ["a", "b"], "label": ["x", "x"]})
-
-    assert refusal(path) == (
-        f"Column 'label' of {path} holds the one class 'x': give examples of at least two classes."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("rows.jsonl", b'{"text": "a", "label": "x"}\n{"text": ', "line 2: Expecting value"),
-        ("rows.jsonl", b"[1, 2]", "line 1 is no JSON object"),
-        ("rows.csv", b"text,label\na,x\n\xff\xfe,y\n", "'utf-8' codec can't decode byte 0xff"),
-        ("rows.csv", b"text,label\na, b,x\nc,y\n", "Length of header or names does not match"),
-        ("rows.parquet", b"no parquet", "Parquet magic bytes not found"),
-    ],
-)
-def test_a_file_that_cannot_be_parsed_is_told_in_one_line(tmp_path, name, content, reason):
-    (tmp_path / name).write_bytes(content)
-
-    message = refusal(tmp_path / name)
-
-    assert message.startswith(f"{tmp_path / name} could not be read as {name.split('.')[1].upper()}: ")
-    assert reason in message
-    assert message.endswith("Check the file, or its suffix.")
-    assert "\n" not in message
 
 
 def labelled(*labels):
@@ -235,6 +94,32 @@ def test_the_fingerprint_sees_content_and_order_but_not_the_name():
     assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
+def test_the_same_bytes_in_another_kind_are_another_data_set(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(16))
+    inputs = [
+        (b"\0" * 16).decode(),
+        ("", "\0" * 8),  # the length of the first text, and the second
+        (0, 0),
+        np.zeros(2),
+        np.zeros(4, dtype=np.float32),
+        np.zeros((2, 2), dtype=np.float32),
+        tmp_path / "a",
+    ]
+
+    assert len({Examples([item], ("x",), "one").fingerprint for item in inputs}) == len(inputs)
+
+
+def test_two_files_are_one_input_if_their_content_is_and_a_changed_file_is_another(tmp_path):
+    for name, content in {"a.png": b"1", "copy.png": b"1", "b.png": b"2"}.items():
+        (tmp_path / name).write_bytes(content)
+    a, copy, b = (Examples((tmp_path / name,), ("x",), name) for name in ("a.png", "copy.png", "b.png"))
+
+    assert a.fingerprint == copy.fingerprint != b.fingerprint
+    assert (shared_inputs(a, copy), shared_inputs(a, b)) == (1, 0)
+    (tmp_path / "copy.png").write_bytes(b"2")
+    assert Examples(copy.inputs, ("x",), "changed").fingerprint == b.fingerprint
+
+
 def test_a_text_cut_inside_an_emoji_has_a_fingerprint():
     assert len(Examples(("\ud83d", "b"), ("x", "y"), "cut").fingerprint) == 64
 
@@ -247,6 +132,36 @@ def test_shared_inputs_counts_the_rows_of_the_second_that_the_first_has():
     assert shared_inputs(b, a) == 1
     assert shared_inputs(Examples(rows, ("x", "y"), "c"), Examples(rows[1:], ("x",), "d")) == 1
     assert shared_inputs(a, Examples(rows, ("x", "y"), "c")) == 0
+    assert shared_inputs(Examples(np.zeros((1, 4)), ("x",), "c"), Examples(np.zeros((1, 2, 2)), ("x",), "d")) == 0
+    assert shared_inputs(Examples((("p", "q"),), ("x",), "c"), Examples(("pq", ("p", "q")), ("x", "y"), "d")) == 1
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        tuple((f"a {i}", f"b {i}") for i in range(8)),
+        tuple(Path(f"{i}.png") for i in range(8)),
+        tuple((i, i + 1) for i in range(8)),
+        np.arange(48, dtype=np.uint8).reshape(8, 2, 3),
+    ],
+    ids=["pair", "file", "ids", "array"],
+)
+def test_inputs_of_every_kind_are_split_and_taken_as_they_are(inputs, request):
+    examples = Examples(inputs, tuple("xy" * 4), "all")
+
+    train, test = split_examples(examples, test_share=0.25, seed=0)
+
+    assert examples.kind == train.kind == test.kind == request.node.callspec.id
+    assert type(train.inputs) is type(inputs)
+    assert sorted(map(repr, [*train.inputs, *test.inputs])) == sorted(map(repr, inputs))
+    assert repr(examples.take([3]).inputs[0]) == repr(inputs[3])
+
+
+def test_inputs_of_two_kinds_have_no_kind():
+    with pytest.raises(DataError) as caught:
+        _ = Examples(("a", ("a", "b"), (1, 2)), ("x", "y", "x"), "mixed.csv").kind
+
+    assert str(caught.value) == "mixed.csv holds texts and pairs of texts and token ids: give inputs of one kind."
 
 
 def test_a_split_takes_the_same_share_of_every_class_and_loses_nothing():

@@ -1,9 +1,14 @@
+from collections import Counter
+
 import numpy as np
 import pytest
+from PIL import Image
 from planted_activations import LABELS, planted
+from scipy.io import wavfile
 from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score
 
 from synapse.data.examples import Examples
+from synapse.data.reading import read_examples
 from synapse.errors import DataError, SettingsError, SplitError
 from synapse.probe.controls import control_targets, evaluate_probes, input_types
 from synapse.probe.probe import fit_probes, refit_probes
@@ -58,6 +63,129 @@ def test_types_are_the_kinds_of_input_there_are_in_train_and_test_alike(make, ki
     assert sorted(set(train_types.tolist())) == [0, 1, 2]
 
 
+def paired(n, seed, topics):
+    """Pairs whose second text alone says the topic, with the topic."""
+    texts, topic = spoken(n, seed, topics)
+    return tuple(("what is this", text) for text in texts), topic
+
+
+def called(n, seed, calls):
+    """Token ids drawn from a few of their own for each kind, and from 0 and 1, with the kind."""
+    random = np.random.default_rng(seed)
+    kind = np.arange(n) % len(calls)
+    return tuple(tuple(random.choice((0, 1, *calls[k]), size=40).tolist()) for k in kind), kind
+
+
+@pytest.fixture
+def painted(tmp_path):
+    """Images of different size, mode and format, bright at the left, at the right or at the top, with the place."""
+
+    def make(n, seed, _):
+        random = np.random.default_rng(seed)
+        place, paths = np.arange(n) % 3, []
+        for i in range(n):
+            side, most = random.integers(20, 60), 65535 if i % 2 else 255
+            pixels = random.integers(0, most // 4, size=(side, side))
+            bright = (np.s_[:, : side // 2], np.s_[:, side // 2 :], np.s_[: side // 2])[place[i]]
+            pixels[bright] += most // 2
+            paths.append(tmp_path / f"{seed}-{i}.{'png' if i % 4 else 'bmp'}")
+            Image.fromarray((pixels // (most // 255)).astype(np.uint8)).convert("P" if i % 3 else "RGB").save(paths[-1])
+        return tuple(paths), place
+
+    return make
+
+
+@pytest.fixture
+def sounded(tmp_path):
+    """Sounds of different length, rate and format: low, high, or low and then high; with the kind."""
+
+    def make(n, seed, _):
+        random = np.random.default_rng(seed)
+        kind, paths = np.arange(n) % 3, []
+        for i in range(n):
+            rate = (8000, 16000)[i // 3 % 2]
+            time = np.arange(int(rate * random.uniform(0.5, 1.0))) / rate
+            low, high = (np.sin(2 * np.pi * f * time + random.uniform(0, 6)) for f in (200, 2000))
+            sound = (low, high, np.where(time < time[-1] / 2, low, high))[kind[i]]
+            sound = random.uniform(0.3, 0.5) * sound + 0.01 * random.normal(size=len(time))
+            paths.append(tmp_path / f"{seed}-{i}.WAV")
+            wavfile.write(paths[-1], rate, (sound * 2**15).astype(np.int16) if i % 2 else sound.astype(np.float32))
+        return tuple(paths), kind
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "kinds"),
+    [
+        (paired, TOPICS),
+        (called, [(5, 6, 7), (70_000, 8, 9), (10, 11, 12)]),
+        ("painted", None),
+        ("sounded", None),
+    ],
+    ids=["pairs", "token ids", "images", "sounds"],
+)
+def test_pairs_ids_images_and_sounds_have_their_types_too(make, kinds, request):
+    make = request.getfixturevalue(make) if isinstance(make, str) else make
+    train, truth = make(60, 0, kinds)
+    test, test_truth = make(30, 1, kinds)
+
+    train_types, test_types = input_types(examples(train), examples(test), types=3, seed=0)
+
+    found, expected = np.concatenate([train_types, test_types]), np.concatenate([truth, test_truth])
+    assert adjusted_rand_score(expected, found) == 1.0
+
+
+def test_large_images_are_told_apart_by_their_coarse_content():
+    random = np.random.default_rng(0)
+    place = np.arange(40) % 2
+    images = random.integers(0, 100, size=(40, 100, 101, 3), dtype=np.uint8)
+    images[place == 1, :40] += 80
+
+    train_types, test_types = input_types(examples(images[:30]), examples(images[30:]), types=2, seed=0)
+
+    assert adjusted_rand_score(place, np.concatenate([train_types, test_types])) == 1.0
+
+
+def test_heartbeats_of_one_type_share_their_label_more_often_than_by_chance(shared):
+    train, test = (
+        read_examples(shared / "data" / "ecg5000" / f"{part}.csv", signal="t*") for part in ("train", "test")
+    )
+
+    train_types, test_types = input_types(train, test, types=20, seed=0)
+
+    # The commonest label of the type, learned in train; 88 of the 150 test beats are normal
+    commonest = [Counter(np.array(train.labels)[train_types == t]).most_common(1)[0][0] for t in range(20)]
+    assert np.mean([commonest[t] == label for t, label in zip(test_types, test.labels, strict=True)]) > 0.8
+
+
+def test_a_file_that_is_no_image_is_told_by_its_name(painted, tmp_path):
+    train, _ = painted(12, 0, None)
+    train[7].write_bytes(b"no image")
+
+    with pytest.raises(DataError) as caught:
+        input_types(examples(train), examples(train[:2]))
+
+    assert str(caught.value) == (
+        f"{train[7]} could not be read as an image: cannot identify image file '{train[7]}'. "
+        "Replace the file or remove its row; sounds end in .wav."
+    )
+
+
+def test_images_and_sounds_are_not_sorted_together(painted, sounded):
+    with pytest.raises(DataError) as caught:
+        input_types(examples(painted(12, 0, None)[0]), examples(sounded(3, 1, None)[0], "test.csv"))
+
+    assert str(caught.value) == "train.csv and test.csv hold images as well as sounds: give files of one kind."
+
+
+def test_arrays_of_several_shapes_are_not_sorted():
+    with pytest.raises(DataError) as caught:
+        input_types(examples([np.zeros(3), np.zeros(4), np.zeros(3)]), examples(np.zeros((2, 3))))
+
+    assert str(caught.value) == ("train.csv has inputs of 2 shapes, such as (3,) and (4,): give examples of one shape.")
+
+
 def test_equal_inputs_have_equal_types_and_every_type_recurs_from_train():
     texts, _ = spoken(80, 0, TOPICS)
 
@@ -79,6 +207,7 @@ def test_there_are_no_more_types_than_a_quarter_of_the_examples_or_than_distinct
     [
         (("a b",) * 20, ("a b",), 5, DataError, "The 20 inputs of train.csv are too few or too much alike to be "),
         (np.ones((20, 4)), np.ones((2, 4)), 5, DataError, "The 20 inputs of train.csv are too few or too much "),
+        (((1, 2),) * 9, TOPICS, 5, DataError, "Of train.csv and test.csv, one holds token ids and one texts: "),
         (TOPICS, np.ones((2, 4)), 5, DataError, "Of train.csv and test.csv, one holds texts and one arrays: "),
         (np.ones((9, 4)), np.ones((2, 5)), 5, DataError, "train.csv has inputs of shape (4,), test.csv of (5,): "),
         (TOPICS, TOPICS, 1, SettingsError, "1 input types were asked for: ask for at least 2."),

@@ -33,3 +33,15 @@ def length_buckets(
         batches.append(order[start : start + size])
         start += size
     return batches
+
+
+def equal_lengths(
+    lengths: Int[np.ndarray, "example"], *, batch_size: int, max_tokens: int | None = None
+) -> list[Int[np.ndarray, "batch"]]:
+    """Return the examples' indices in batches of one length each, otherwise as `length_buckets`."""
+    batches = []
+    for length in np.unique(lengths)[::-1]:
+        members = np.flatnonzero(lengths == length)
+        for part in length_buckets(lengths[members], batch_size=batch_size, max_tokens=max_tokens):
+            batches.append(members[part])
+    return batches

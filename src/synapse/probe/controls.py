@@ -14,23 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import csr_matrix
 from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics import f1_score
-from sklearn.preprocessing import normalize
-from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
 from synapse.data.examples import Examples
 from synapse.errors import DataError, SettingsError, SplitError
+from synapse.probe.places import input_places
 from synapse.probe.probe import Probes, probe_targets
 from synapse.types import Activations
 
 TYPES = 50
 """Number of input types unless told otherwise."""
-
-_DIMENSIONS = 32
 
 
 def input_types(
@@ -38,18 +33,17 @@ def input_types(
 ) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]:
     """Return the type of every train and every test input, from 0; every type occurs in train.
 
-    The cells are those of k-means on the train part. Texts enter as hashed bags of words (of character
-    trigrams where texts are not made of words, such as DNA or URLs), arrays as flattened values in units of
-    their deviation; both are brought down to a few dimensions first. There are at most `types` cells, and at
-    most one for every four train examples.
+    The cells are those of k-means on the train part, where `input_places` puts its inputs: by their words, ids or
+    values, whatever their kind. There are at most `types` cells, and at most one for every four train examples.
 
     Raises:
-        DataError: train and test are not of one kind and shape, or the train inputs are all alike.
+        DataError: train and test are not of one kind and shape, a file cannot be read, or the train inputs are all
+            alike.
         SettingsError: `types` is below 2.
     """
     if types < 2:
         raise SettingsError(f"{types} input types were asked for: ask for at least 2.")
-    places_train, places_test = _places(train, test, seed)
+    places_train, places_test = input_places(train, test, seed=seed)
     # Rounded, as equal inputs may come to lie a rounding error apart.
     distinct = len(np.unique(np.round(places_train, 9), axis=0))
     cells = min(types, len(train) // 4, distinct)
@@ -184,40 +178,3 @@ def evaluate_probes(
         )
         for probe in probes.probes
     )
-
-
-def _places(
-    train: Examples, test: Examples, seed: int
-) -> tuple[Float[np.ndarray, "train place"], Float[np.ndarray, "test place"]]:
-    """Return where the inputs lie in a space of few dimensions in which near means alike."""
-    if isinstance(train.inputs, np.ndarray) != isinstance(test.inputs, np.ndarray):
-        raise DataError(f"Of {train.name} and {test.name}, one holds texts and one arrays: give one kind.")
-    texts = not isinstance(train.inputs, np.ndarray)
-    features_train, features_test = _bags(train, test) if texts else _standardised(train, test)
-    if features_train.shape[1] > _DIMENSIONS:
-        _, _, axes = randomized_svd(features_train, _DIMENSIONS, random_state=seed)
-        features_train, features_test = features_train @ axes.T, features_test @ axes.T
-    # Texts of different length on one subject point the same way.
-    return (normalize(features_train), normalize(features_test)) if texts else (features_train, features_test)
-
-
-def _bags(train: Examples, test: Examples) -> tuple[csr_matrix, csr_matrix]:
-    in_words = np.median([len(text.split()) for text in train.inputs]) >= 3
-    analyzer, ngrams = ("word", (1, 1)) if in_words else ("char", (3, 3))
-    bag = HashingVectorizer(analyzer=analyzer, ngram_range=ngrams, n_features=2**14, alternate_sign=False)
-    return bag.transform(train.inputs), bag.transform(test.inputs)
-
-
-def _standardised(
-    train: Examples, test: Examples
-) -> tuple[Float[np.ndarray, "train value"], Float[np.ndarray, "test value"]]:
-    known, new = np.asarray(train.inputs, dtype=np.float64), np.asarray(test.inputs, dtype=np.float64)
-    if known.shape[1:] != new.shape[1:]:
-        raise DataError(
-            f"{train.name} has inputs of shape {known.shape[1:]}, {test.name} of {new.shape[1:]}: "
-            "give examples of one shape."
-        )
-    known, new = known.reshape(len(known), -1), new.reshape(len(new), -1)
-    # A value that is constant in train says nothing of the type: an infinite scale takes it to 0.
-    mean, scale = known.mean(axis=0), np.where(np.ptp(known, axis=0) > 0.0, known.std(axis=0), np.inf)
-    return (known - mean) / scale, (new - mean) / scale
