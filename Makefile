@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check figures clean
+.PHONY: demo test test-oldest check architectures figures clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -14,11 +14,24 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto
 
+# The tests that run models, with the oldest version of the model library that is supported, in an environment of its own.
+# That version compiles functions as torch no longer likes: the warning is the library's, not the project's.
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/test_architecture_table.py tests/test_recording.py tests/test_study.py tests/attack tests/cli tests/demo \
+	tests/model tests/perturb tests/probe tests/sweeping
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses auto -W 'ignore:`torch.jit:DeprecationWarning' $(OLDEST_TESTS)
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_documents.py
+
+# The page of architectures, made from the table of the tests.
+architectures: $(STAMP)
+	$(BIN)/python -W ignore tests/architecture_page.py
 
 # The figures of the README, made from the demo.
 figures: demo
@@ -30,5 +43,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable . pytest pytest-xdist beartype
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,7 @@
 """The settings of a study: a file (`study.yaml`), command-line options or keyword arguments, checked at the door."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -10,7 +10,7 @@ from synapse.attack.noise import DRAWS
 from synapse.errors import SettingsError, near
 from synapse.ranking import METHODS
 from synapse.sweeping import FRACTIONS, KINDS, Grid, Kind
-from synapse.types import SCOPES, Scope
+from synapse.types import COMPONENTS, SWEPT_SCOPES, Component, Readout, Scope
 
 Amount = int | Literal["all"]
 
@@ -23,13 +23,28 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    model: str = pydantic.Field("", description="folder or hub id of a sequence-classification model")
+    model: str = pydantic.Field("", description="folder or hub id of a classifier of texts, images or sounds")
     train: Path | None = pydantic.Field(None, description="labelled file that probes and rankings are fitted on")
     test: Path | None = pydantic.Field(None, description="labelled file that everything is measured on")
-    text: str = pydantic.Field("text", description="column of the texts")
+    text: str | None = pydantic.Field(None, description="column of the texts ('text', unless another kind is named)")
+    pair: str | None = pydantic.Field(None, description="column of the second text, where inputs are pairs")
+    file: str | None = pydantic.Field(None, description="column of the paths of images or of sounds (wav)")
+    signal: str | None = pydantic.Field(
+        None, description="columns of numbers: a pattern such as t*, or names with commas"
+    )
+    ids: str | None = pydantic.Field(None, description="column of token ids")
     label: str = pydantic.Field("label", description="column of the labels")
     labels: tuple[str, ...] | None = pydantic.Field(None, description="class names in the order of the logits")
     max_length: int | None = pydantic.Field(None, ge=2, description="cut texts at this many tokens")
+    dtype: Literal["float32", "auto"] = pydantic.Field("float32", description="run in float32, or as the weights are")
+    trust_remote_code: bool = pydantic.Field(False, description="run code that comes with the model")
+    blocks: str | tuple[str, ...] | None = pydantic.Field(
+        None, description="the blocks' module names, or one pattern, where they are not found"
+    )
+    readout: Readout | None = pydantic.Field(None, description="the rows that the head reads, where not found")
+    mlp: str | None = pydantic.Field(None, description="the down projection's name inside a block, where not found")
+    attention: str | None = pydantic.Field(None, description="the output projection's name inside a block")
+    final: str | None = pydantic.Field(None, description="the linear map that gives the logits, where not found")
     out: Path | None = pydantic.Field(None, description="run folder to make")
     overwrite: bool = pydantic.Field(False, description="replace a run that is there")
     device: str = pydantic.Field("auto", description="auto, cpu or cuda")
@@ -40,7 +55,10 @@ class Settings(pydantic.BaseModel):
     train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
     examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
     methods: tuple[str, ...] = pydantic.Field(tuple(METHODS), description="ranking methods; the first is swept")
-    scopes: tuple[Scope, ...] = pydantic.Field(SCOPES, description="where interventions act")
+    sites: tuple[Component, ...] = pydantic.Field(
+        ("residual",), description="components of the layers that are studied; the report begins with the first"
+    )
+    scopes: tuple[Scope, ...] = pydantic.Field(SWEPT_SCOPES, description="rows on which interventions act")
     fractions: tuple[float, ...] = pydantic.Field(
         FRACTIONS, description="shares of the width that are edited; 100 % always is"
     )
@@ -70,6 +88,13 @@ class Settings(pydantic.BaseModel):
             raise ValueError("the first method is the one that is swept, and random sets are swept beside it anyway")
         return known
 
+    @pydantic.field_validator("sites", mode="before")
+    @classmethod
+    def _known_sites(cls, sites: object) -> object:
+        if isinstance(sites, (tuple, list)):
+            return _known(tuple(str(site) for site in sites), COMPONENTS, "site")
+        return sites
+
     @pydantic.field_validator("kinds")
     @classmethod
     def _known_kinds(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -77,6 +102,15 @@ class Settings(pydantic.BaseModel):
         if known[0] != "zero":
             raise ValueError("zero must come first: headroom and all that is measured against it are made with it")
         return known
+
+    def columns(self) -> dict[str, str | None]:
+        """Return the columns that `read_examples` is told of."""
+        kinds = ("text", "pair", "file", "signal", "ids")
+        return {"label": self.label, **{kind: getattr(self, kind) for kind in kinds}}
+
+    def findings(self) -> dict[str, Any]:
+        """Return what is said by hand about the model's anatomy."""
+        return {name: getattr(self, name) for name in ("blocks", "readout", "mlp", "attention", "final")}
 
     def grid(self) -> Grid:
         """Return the sweep's grid."""

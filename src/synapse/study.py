@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,18 +23,18 @@ from synapse.data.examples import Examples, sample_examples, shared_inputs
 from synapse.errors import RestoreError, SplitError
 from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
-from synapse.measure.scorecard import scorecard, sweep_table
+from synapse.measure.scorecard import component_figures, scorecard, sweep_table
 from synapse.model.classifier import Classifier
 from synapse.model.resume import clean_pass
 from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
 from synapse.probe.probe import Probes, fit_probes, refit_probes
 from synapse.ranking import RandomOrder, Ranking, rank
-from synapse.recording import record
+from synapse.recording import record_components
 from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
-from synapse.sweeping import Cost, cost_of, plan, sweep
-from synapse.types import Activations, Progress, Redirection, Sweep
+from synapse.sweeping import Cost, Reach, cost_of, joined, plan, sweep
+from synapse.types import Activations, Component, Progress, Redirection, Sweep
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,11 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     """
     n_train, n_test = _amount(settings.train_examples, len(train)), len(test)
     n_sweep = _amount(settings.examples, len(test))
-    cells = plan(_any_ranking(classifier), settings.grid(), seed=settings.seed)
-    cost = cost_of(cells, n_sweep, classifier.n_layers)
+    costs = []
+    for component in settings.sites:
+        cells = plan(_any_ranking(classifier, component), settings.grid(), seed=settings.seed)
+        costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component)))
+    cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
     noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
     passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
     return Forecast(n_train, n_test, n_sweep, cost, round(passes), passes * _seconds_per_example(classifier, test))
@@ -98,7 +101,9 @@ def run_study(
             f"{train.name} and {test.name} hold the same examples; neurons must be measured on examples that did not "
             "choose them. Give one file alone to have it split."
         )
-    test.targets(classifier.labels)  # labels that do not match are refused now, not after minutes
+    test.targets(classifier.labels)  # labels and sites that are not there are refused now, not after minutes
+    for component in settings.sites:
+        classifier.sites(component)
     train = train.take(_sample(train, classifier, settings.train_examples, settings.seed))
     rows = _sample(test, classifier, settings.examples, settings.seed)
     swept = test.take(rows)
@@ -106,39 +111,30 @@ def run_study(
     timer, seed = _Timer(progress), settings.seed
     weights_hash = classifier.weights_hash()
 
-    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, step))
-    probes = timer.stage("probe", lambda _: fit_probes(recorded.train, seed=seed))
-    evaluations = timer.stage("controls", lambda _: _evaluated(probes, recorded, train, test, seed))
-    rankings = timer.stage("rank", lambda _: _rankings(recorded.train, probes, settings))
-    outcome = timer.stage(
-        "sweep",
-        lambda step: sweep(
-            classifier,
-            swept,
-            rankings[0],
-            reference=recorded.train,
-            cells=plan(rankings[0], settings.grid(), seed=seed),
-            seed=seed,
-            progress=step,
-        ),
-    )
-    redirections = timer.stage("attack", lambda _: _redirections(classifier, recorded, seed))
+    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings.sites, step))
+    parts = [
+        _studied(classifier, component, recorded[component], train, test, swept, settings, timer)
+        for component in settings.sites
+    ]
+    whole = recorded[settings.sites[0]]  # logits and features are the same whichever component they came with
+    redirections = timer.stage("attack", lambda _: _redirections(classifier, whole, seed))
     noise = timer.stage(
         "weight noise",
         lambda step: noise_attack(classifier, swept.take(noisy), seed=seed, draws=settings.noise_draws, progress=step),
     )
     if classifier.weights_hash() != weights_hash:
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
+    outcome = joined([part.outcome for part in parts])
     tables = timer.stage(
         "measure",
         lambda _: {
-            "probe": _probe_table(evaluations, classifier, seed),
-            "ranking": pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
+            "probe": pd.concat([part.probe_table for part in parts], ignore_index=True),
+            "ranking": pd.concat([part.ranking_table for part in parts], ignore_index=True),
             "sweep": sweep_table(outcome),
             "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=seed),
         },
     )
-    card = timer.stage("scorecard", lambda _: _scorecard(recorded.test, outcome, tables, settings))
+    card = timer.stage("scorecard", lambda _: _scorecard(whole.test, parts, tables["attack"], settings))
     with new_run(out, overwrite=settings.overwrite) as draft:
         for name, table in tables.items():
             write_table(draft, name, table)
@@ -158,10 +154,58 @@ class _Recorded:
     test: Activations
 
 
-def _record_both(classifier: Classifier, train: Examples, test: Examples, step: Progress) -> _Recorded:
+def _record_both(
+    classifier: Classifier, train: Examples, test: Examples, components: Sequence[Component], step: Progress
+) -> dict[Component, _Recorded]:
     total = len(train) + len(test)
-    first = record(classifier, train, progress=lambda done, _: step(done, total))
-    return _Recorded(first, record(classifier, test, progress=lambda done, _: step(len(train) + done, total)))
+    first = record_components(classifier, train, components, progress=lambda done, _: step(done, total))
+    second = record_components(classifier, test, components, progress=lambda done, _: step(len(train) + done, total))
+    return {component: _Recorded(first[component], second[component]) for component in components}
+
+
+@dataclass(frozen=True, eq=False)
+class _Studied:
+    """What a study has measured of one component."""
+
+    component: Component
+    outcome: Sweep
+    probe_table: pd.DataFrame
+    ranking_table: pd.DataFrame
+
+
+def _studied(
+    classifier: Classifier,
+    component: Component,
+    recorded: _Recorded,
+    train: Examples,
+    test: Examples,
+    swept: Examples,
+    settings: Settings,
+    timer: "_Timer",
+) -> _Studied:
+    """Probe, rank and sweep one component."""
+    seed, name = settings.seed, f" {component}" if len(settings.sites) > 1 else ""
+    probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed))
+    evaluations = timer.stage(f"controls{name}", lambda _: _evaluated(probes, recorded, train, test, seed))
+    rankings = timer.stage(f"rank{name}", lambda _: _rankings(recorded.train, probes, settings))
+    outcome = timer.stage(
+        f"sweep{name}",
+        lambda step: sweep(
+            classifier,
+            swept,
+            rankings[0],
+            reference=recorded.train,
+            cells=plan(rankings[0], settings.grid(), seed=seed),
+            seed=seed,
+            progress=step,
+        ),
+    )
+    return _Studied(
+        component,
+        outcome,
+        _probe_table(evaluations, component, recorded.train.n_layers, len(classifier.labels), seed),
+        pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
+    )
 
 
 def _rankings(train: Activations, probes: Probes, settings: Settings) -> list[Ranking]:
@@ -179,18 +223,20 @@ def _evaluated(
     return evaluate_probes(probes, controls, recorded.test, test_control)
 
 
-def _probe_table(evaluations: Sequence[ProbeEvaluation], classifier: Classifier, seed: int) -> pd.DataFrame:
-    return probe_table(
+def _probe_table(
+    evaluations: Sequence[ProbeEvaluation], component: Component, n_layers: int, n_labels: int, seed: int
+) -> pd.DataFrame:
+    table = probe_table(
         [
             row
             for evaluation in evaluations
             for row in probe_rows(
                 layer=evaluation.layer,
-                n_layers=classifier.n_layers,
+                n_layers=n_layers,
                 outcomes=evaluation.outcomes(),
                 predictions=evaluation.predictions,
                 targets=evaluation.targets,
-                n_labels=len(classifier.labels),
+                n_labels=n_labels,
                 settings={
                     "penalty": evaluation.penalty,
                     "gradient_norm": evaluation.gradient_norm,
@@ -200,21 +246,35 @@ def _probe_table(evaluations: Sequence[ProbeEvaluation], classifier: Classifier,
             )
         ]
     )
+    table.insert(0, "component", component)
+    return table
 
 
 def _scorecard(
-    test: Activations, outcome: Sweep, tables: dict[str, pd.DataFrame], settings: Settings
+    test: Activations, parts: Sequence[_Studied], attacks: pd.DataFrame, settings: Settings
 ) -> dict[str, Any]:
-    return scorecard(
+    """Return the figures of the first component with those of the whole classifier, and those of further components."""
+    first, *others = [
+        component_figures(
+            probe_table=part.probe_table,
+            ranking_table=part.ranking_table,
+            sweep=part.outcome,
+            method=settings.methods[0],
+            seed=settings.seed,
+        )
+        for part in parts
+    ]
+    card = scorecard(
         test_logits=test.logits,
         test_targets=test.targets,
-        probe_table=tables["probe"],
-        ranking_table=tables["ranking"],
-        sweep=outcome,
-        attack_table=tables["attack"],
-        method=settings.methods[0],
+        labels=test.labels,
+        attack_table=attacks,
+        component=parts[0].component,
+        figures=first,
         seed=settings.seed,
     )
+    further = {part.component: figures for part, figures in zip(parts[1:], others, strict=True)}
+    return card | ({"components": further} if further else {})
 
 
 def _redirections(classifier: Classifier, recorded: _Recorded, seed: int) -> list[Redirection]:
@@ -222,7 +282,7 @@ def _redirections(classifier: Classifier, recorded: _Recorded, seed: int) -> lis
     if classifier.final is None:
         log.warning("The head does not end in a linear map, so head edits are left out.")
         return found
-    weight = classifier.final.weight.detach().float().cpu().numpy()
+    weight = classifier.head_weight().float().cpu().numpy()
     return found + head_attacks(recorded.train, recorded.test, weight, seed=seed)
 
 
@@ -253,10 +313,11 @@ def _sample(examples: Examples, classifier: Classifier, asked: Amount, seed: int
     return sample_examples(examples.targets(classifier.labels), _amount(asked, len(examples)), seed=seed)
 
 
-def _any_ranking(classifier: Classifier) -> Ranking:
+def _any_ranking(classifier: Classifier, component: Component) -> Ranking:
     """Return a ranking of the right shape: what a plan costs does not depend on the order."""
-    shape = (classifier.n_layers, 1 + len(classifier.labels), classifier.width)
-    return Ranking(RandomOrder().name, np.random.default_rng(0).random(shape), classifier.labels, source="")
+    sites = classifier.sites(component)
+    scores = np.random.default_rng(0).random((len(sites), 1 + len(classifier.labels), sites[0].width))
+    return Ranking(RandomOrder().name, scores, classifier.labels, source="", component=component)
 
 
 def _seconds_per_example(classifier: Classifier, examples: Examples, n: int = 64) -> float:
@@ -280,8 +341,11 @@ def _manifest(
     n_swept: int,
     outcome: Sweep,
 ) -> dict[str, Any]:
-    anatomy = classifier.anatomy
     packages = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "zarr", "pandas")
+    studied = {
+        component: {"n_layers": len(classifier.sites(component)), "width": classifier.sites(component)[0].width}
+        for component in settings.sites
+    }
     return {
         "format": FORMAT,
         "status": "complete",
@@ -297,24 +361,15 @@ def _manifest(
         },
         "seed": settings.seed,
         "settings": settings.model_dump(mode="json"),
-        "model": {
-            "name": classifier.name,
-            "hash": weights_hash,
-            "blocks": list(anatomy.blocks),
-            "width": anatomy.width,
-            "readout": anatomy.readout,
-            "head": list(anatomy.head),
-            "parameters": sum(p.numel() for p in classifier.module.parameters()),
-            "proofs": dict(anatomy.proofs),
-        },
+        "model": {"hash": weights_hash, **classifier.describe()},
         "data": {
             "train": {"name": train.name, "hash": train.fingerprint, "n": len(train)},
             "test": {"name": test.name, "hash": test.fingerprint, "n": len(test)},
             "shared_inputs": shared_inputs(train, test),
         },
         "labels": list(classifier.labels),
-        "n_layers": classifier.n_layers,
-        "width": classifier.width,
+        **studied[settings.sites[0]],
+        "components": studied,
         "sweep": {
             "examples": n_swept,
             "cells": len(outcome.cells),

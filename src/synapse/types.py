@@ -3,8 +3,9 @@
 | word | meaning |
 |---|---|
 | layer | index of a block in call order, from 0; its *depth* is `(layer + 1) / n_blocks`, in (0, 1] |
-| unit | index of a coordinate of a block's output |
-| readout row | the token row that the head reads ([CLS], or the last token that is no padding) |
+| component | what of a layer: see `Component`; a component of a layer is a *site* |
+| unit | index of a coordinate of a site |
+| readout row | the token row that the head reads ([CLS], the last token that is no padding, ...), or several |
 | label | a class name; the empty string stands for the global ranking (all classes) |
 | scope | where an edit acts: see `Scope` |
 | selection | which end of a ranking: `top`, `bottom`, or `random` units |
@@ -18,10 +19,27 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-Scope = Literal["readout", "readout-onward", "all"]
-"""`readout`: the readout row at the layer; `readout-onward`: the readout row at the layer and at every
-later one; `all`: all rows at the layer."""
+Component = Literal["residual", "mlp", "attention", "heads", "pooler"]
+"""What of a layer: `residual`, the block's output; `mlp`, the hidden units of its feed-forward network (the input of
+the down projection); `attention`, the output of its attention sublayer; `heads`, the heads side by side (the input of
+the attention's output projection). `pooler`, the input of the final linear map, stands alone: it is one layer."""
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+
+Readout = Literal["first", "last", "first-two", "mean", "mean-but-first", "first-and-mean"]
+"""The rows that the head reads, of those that are no padding.
+
+`first`: row 0 ([CLS]); `last`; `first-two`: rows 0 and 1, alike; `mean`: all of them, alike; `mean-but-first`: all but
+row 0, alike; `first-and-mean`: row 0, and all others alike.
+"""
+READOUTS: tuple[Readout, ...] = get_args(Readout)
+
+Scope = Literal["readout", "readout-onward", "all", "non-padding"]
+"""`readout`: the rows that the head reads, at the layer; `readout-onward`: these at the layer and at every later one;
+`all`: all rows at the layer; `non-padding`: all but those that fill up a batch."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+SWEPT_SCOPES: tuple[Scope, ...] = ("readout", "readout-onward", "all")
+"""What a study compares: padding is nothing to a model that masks it, so `non-padding` would say `all` again."""
 
 Selection = Literal["top", "bottom", "random"]
 
@@ -32,6 +50,7 @@ GLOBAL = ""
 """The label of the ranking over all classes."""
 
 CELL_COLUMNS = (
+    "component",
     "layer",
     "depth",
     "scope",
@@ -53,13 +72,14 @@ def silent(_done: int, _total: int) -> None:
 
 @dataclass(frozen=True)
 class Neurons:
-    """Units of one block's output: what an intervention edits.
+    """Units of one component of one layer: what an intervention edits.
 
     `units` are distinct indices in `[0, width)`, in the order of the ranking they come from.
     """
 
     layer: int
     units: tuple[int, ...]
+    component: Component = "residual"
 
     def __len__(self) -> int:
         return len(self.units)
@@ -67,12 +87,12 @@ class Neurons:
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Readout-row states of every block, with what the classifier said about each example.
+    """Readout states of one component in every layer, with what the classifier said about each example.
 
-    `values[l, i]` is the output of block `l` at the readout row of example `i`, in float32. `features` is the input of
-    the final linear map, or None where the head does not end in one. `row_mean` and `row_deviation` are each unit's
-    moments over all rows that are no padding. `source` is the fingerprint of the examples: two splits are told apart
-    by it.
+    `values[l, i]` is the component's state in layer `l` at the readout row of example `i` (where the head reads several
+    rows: their mean), in float32. `features` is the input of the final linear map, or None where the head does not end
+    in one. `row_mean` and `row_deviation` are each unit's moments over all rows that are no padding. `source` is the
+    fingerprint of the examples: two splits are told apart by it.
     """
 
     values: Float[np.ndarray, "layer example unit"]
@@ -83,15 +103,16 @@ class Activations:
     features: Float[np.ndarray, "example feature"] | None = None
     row_mean: Float[np.ndarray, "layer unit"] | None = None
     row_deviation: Float[np.ndarray, "layer unit"] | None = None
+    component: Component = "residual"
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks recorded."""
+        """Number of layers recorded."""
         return int(self.values.shape[0])
 
     @property
     def width(self) -> int:
-        """Number of units of a block's output."""
+        """Number of units of the component in a layer."""
         return int(self.values.shape[2])
 
     def __len__(self) -> int:

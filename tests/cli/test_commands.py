@@ -125,7 +125,10 @@ def test_inspect_gives_the_anatomy_as_json(monkeypatch, model_folder, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["n_blocks"], found["width"], found["readout"]) == (3, 32, "first")
     assert found["head"] == ["bert.pooler", "dropout", "classifier"]
-    assert len(found["sites"]) == 3
+    assert {name: len(modules) for name, modules in found["sites"].items()} == {
+        **dict.fromkeys(("residual", "mlp", "attention", "heads"), 3),
+        "pooler": 1,
+    }
     assert set(found["proofs"]) == {"identity", "sensitivity", "readout", "head"}
 
 

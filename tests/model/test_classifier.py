@@ -85,7 +85,7 @@ def test_a_regression_model_is_refused(tmp_path):
 def test_a_real_model_predicts_as_its_record_says(shared):
     import json
 
-    from synapse.data.examples import read_examples
+    from synapse.data.reading import read_examples
 
     folder = shared / "models" / "tiny-splice"
     classifier = Classifier.from_pretrained(folder)

@@ -112,10 +112,10 @@ def test_the_model_comes_back_after_an_error_inside_an_intervention():
 @pytest.mark.parametrize(
     ("intervention", "message"),
     [
-        (Zero(Neurons(2, (0,))), "Layer 2 was asked for; the classifier has the layers 0 to 1."),
+        (Zero(Neurons(2, (0,))), "Layer 2 was asked for; the classifier has the layers 0 to 1 of 'residual'."),
         (
             Zero(Neurons(0, (16,))),
-            "Unit 16 was asked for; the classifier has the units 0 to 15 in each layer.",
+            "Unit 16 was asked for; the classifier has the units 0 to 15 in each layer of 'residual'.",
         ),
         (Zero(Neurons(0, (1, 1))), "Some units are listed twice"),
         (

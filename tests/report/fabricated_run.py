@@ -1,7 +1,7 @@
 """A run folder made by hand, in the format that studies write; no study is run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,16 @@ def figure(value: float, spread: float = 0.04, unit: str = "accuracy", n: int = 
     return {"value": value, "low": value - spread, "high": value + spread, "n": n, "unit": unit}
 
 
-def headroom_of(scope: str, layer: int, n_layers: int) -> float:
+SHARE = {"residual": 1.0, "mlp": 0.5, "attention": 0.4, "heads": 0.4, "pooler": 1.0}
+"""Headroom of each component, as a share of that of the blocks' output."""
+
+
+def headroom_of(scope: str, layer: int, n_layers: int, component: str = "residual") -> float:
     """The readout row is re-supplied before the last block; all rows are not."""
+    return SHARE[component] * _headroom_of_blocks(scope, layer, n_layers)
+
+
+def _headroom_of_blocks(scope: str, layer: int, n_layers: int) -> float:
     last = layer == n_layers - 1
     if scope == "all":
         return 0.6
@@ -43,24 +51,63 @@ def build_run(
     draws: int = 2,
     title: str = "A <b>made-up</b> run",
     width: int = 64,
+    components: Mapping[str, tuple[int, int]] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Return the folder, filled with a run in which blocks before the last one are re-supplied."""
-    layers = range(n_layers)
+    """Return the folder, filled with a run in which blocks before the last one are re-supplied.
+
+    `components` gives layers and units of each, the blocks' output alone unless given; `model` is added to what the
+    manifest says of the model.
+    """
+    shapes = dict(components or {"residual": (n_layers, width)})
     (path / "tables").mkdir(parents=True)
-    tables = {
-        "probe": _probe_table(n_layers),
-        "ranking": _ranking_table(n_layers, labels, methods, width),
-        "sweep": _sweep_table(n_layers, labels, scopes, methods, fractions, draws, width),
-        "attack": _attack_table(n_layers, labels),
-    }
+    parts = [
+        {
+            "probe": _probe_table(n),
+            "ranking": _ranking_table(n, labels, methods, units),
+            "sweep": _sweep_table(n, labels, scopes, methods, fractions, draws, units, component),
+        }
+        for component, (n, units) in shapes.items()
+    ]
+    tables = {}
+    for name in parts[0]:
+        for component, part in zip(shapes, parts, strict=True):
+            part[name].insert(0, "component", component)
+        tables[name] = pd.concat([part[name] for part in parts], ignore_index=True)
+    tables["sweep"]["cell"] = range(len(tables["sweep"]))
+    tables["attack"] = _attack_table(n_layers, labels)
     for name, table in tables.items():
         table.to_parquet(path / "tables" / f"{name}.parquet")
-    _write_json(path / "scorecard.json", _scorecard(layers, labels, scopes))
-    _write_json(path / "manifest.json", _manifest(n_layers, labels, title, width, len(tables["sweep"])))
+    first = next(iter(shapes))
+    cards = {component: _scorecard(range(n), labels, scopes, component) for component, (n, _) in shapes.items()}
+    further = {
+        component: {
+            section: part for section, part in card.items() if section not in ("format", "clean", "vulnerability")
+        }
+        for component, card in cards.items()
+        if component != first
+    }
+    _write_json(
+        path / "scorecard.json", cards[first] | {"component": first} | ({"components": further} if further else {})
+    )
+    manifest = _manifest(*shapes[first], labels, title, len(tables["sweep"]))
+    manifest["components"] = {name: {"n_layers": n, "width": units} for name, (n, units) in shapes.items()}
+    manifest["model"] |= model or {}
+    _write_json(path / "manifest.json", manifest)
     logits = zarr.open_group(path / "logits.zarr", mode="w", zarr_format=3)
     clean = np.zeros((4, len(labels)), np.float32)
     clean[:, 0] = [2.0, 4.0, 4.0, 6.0]  # median margin 4
     logits.create_array("clean", data=clean)
+    return path
+
+
+def as_before_components(path: Path) -> Path:
+    """Take out of a run of the blocks' output what folders did not hold when that was all that was studied."""
+    for name in ("probe", "ranking", "sweep"):
+        table = path / "tables" / f"{name}.parquet"
+        pd.read_parquet(table).drop(columns="component").to_parquet(table)
+    change_json(path / "manifest.json", ["components"], ...)
+    change_json(path / "scorecard.json", ["component"], ...)
     return path
 
 
@@ -81,11 +128,14 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def _scorecard(layers: range, labels: Sequence[str], scopes: Sequence[str]) -> dict[str, Any]:
+def _scorecard(layers: range, labels: Sequence[str], scopes: Sequence[str], component: str) -> dict[str, Any]:
     n_layers = len(layers)
 
+    def lost(scope: str, layer: int) -> float:
+        return headroom_of(scope, layer, n_layers, component)
+
     def used(scope: str, layer: int) -> bool:
-        return headroom_of(scope, layer, n_layers) > 0.05
+        return lost(scope, layer) > 0.05
 
     def by_place(value: Any) -> dict[str, Any]:
         return {s: {str(k): (value if used(s, k) else UNUSED) for k in layers} for s in scopes}
@@ -131,7 +181,7 @@ def _scorecard(layers: range, labels: Sequence[str], scopes: Sequence[str]) -> d
             "selectivity": {str(k): figure(0.18 + 0.23 * (k + 1) / n_layers, 0.04) for k in layers},
         },
         "stability": {
-            "headroom": {s: {str(k): figure(headroom_of(s, k, n_layers)) for k in layers} for s in scopes},
+            "headroom": {s: {str(k): figure(lost(s, k)) for k in layers} for s in scopes},
             "resupply": {str(k): figure(0.1 if k == n_layers - 1 else 0.59) for k in layers},
             "commitment_depth": figure(1.0, 0.0, "depth"),
             "area": arms(top=figure(0.3), random=figure(0.2), bottom=figure(0.1)),
@@ -159,7 +209,7 @@ def _scorecard(layers: range, labels: Sequence[str], scopes: Sequence[str]) -> d
     }
 
 
-def _manifest(n_layers: int, labels: Sequence[str], title: str, width: int, cells: int) -> dict[str, Any]:
+def _manifest(n_layers: int, width: int, labels: Sequence[str], title: str, cells: int) -> dict[str, Any]:
     digest = "sha256:9f2c41d07b6e55aa01c4d2f7e8b39a6c1d0e4f5a6b7c8d9e0f1a2b3c4d5e6f70"
     return {
         "format": 1,
@@ -219,6 +269,7 @@ def _sweep_table(
     fractions: Sequence[float],
     draws: int,
     width: int,
+    component: str,
 ) -> pd.DataFrame:
     rows = []
 
@@ -248,7 +299,7 @@ def _sweep_table(
         rows.append((*cell, *numbers, drop + 0.03, drop, drop))
 
     for layer, scope in product(range(n_layers), scopes):
-        most = headroom_of(scope, layer, n_layers)
+        most = headroom_of(scope, layer, n_layers, component)
         for share in fractions:
             for method in methods:
                 add(layer, scope, method, "", "top", -1, share, most * share**1.2, N)

@@ -87,6 +87,29 @@ def test_the_terminal_table_has_a_row_a_run(runs: list[Path]) -> None:
     assert table.loc["deep", "removable share, last block"] == "0.25 [0.05, 0.45]"
 
 
+def test_runs_of_different_first_components_are_compared_with_a_caution(runs: list[Path], tmp_path: Path) -> None:
+    inner = build_run(tmp_path / "inner", title="inner", components={"mlp": (3, 64), "residual": (3, 64)})
+
+    alike = write_comparison(runs, tmp_path / "alike").read_text(encoding="utf-8")
+    page = write_comparison([runs[1], inner], tmp_path / "out").read_text(encoding="utf-8")
+
+    assert "different sites" not in alike
+    assert (
+        "The runs are compared at different sites: “deep” at residual (the output of each block); “inner” at mlp (the "
+        "hidden units of each block&#39;s feed-forward network). Their numbers do not measure the same."
+    ) in page
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["component"] for run in content["runs"]] == ["residual", "mlp"]
+
+
+def test_captions_of_a_comparison_name_the_units_that_the_runs_share(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"mlp": (3, 64)})
+
+    page = write_comparison([run], tmp_path / "out").read_text(encoding="utf-8")
+
+    assert "when all hidden units of a block&#39;s feed-forward network are set to zero in all rows" in page
+
+
 def test_no_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         write_comparison([], tmp_path)

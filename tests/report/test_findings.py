@@ -37,6 +37,60 @@ def test_an_unharmed_row_where_all_rows_matter_is_called_resupply(run_folder: Pa
     )
 
 
+def test_units_inside_a_block_that_the_other_rows_make_up_for_are_not_called_redundant(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"residual": (3, 64), "mlp": (3, 256)}, model={"readout": "last"})
+
+    sentence = summary_lines(run, "mlp")[1]
+
+    assert sentence == (
+        "At blocks 0 and 1 losing the hidden feed-forward units at the readout row (the last that is no padding) costs "
+        "no accuracy that can be told from zero (at most 0.01 [−0.04, 0.04], n = 200), while losing the hidden "
+        "feed-forward units in all rows costs at least 0.30 [0.26, 0.34], n = 200: the other rows make up for it, so "
+        "the first loss alone says nothing about redundancy."
+    )
+
+
+def test_where_the_head_reads_every_row_nothing_is_called_resupply(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", model={"readout": "mean"})
+
+    lines = summary_lines(run)
+
+    assert resupplied(open_run(run)) == []
+    assert lines[1] == (
+        "At blocks 0 and 1 losing all rows (all that are no padding) costs no accuracy that can be told from zero (at "
+        "most 0.01 [−0.03, 0.05], n = 200); all rows are lost at once, so this is no re-supply."
+    )
+    assert lines[2].startswith("From relative depth 1.00 on all rows carry the decision: losing all rows at block 2")
+    assert "readout row" not in " ".join(lines)
+
+
+def test_several_readout_rows_are_named_as_such(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", model={"readout": "first-two"})
+
+    assert summary_lines(run)[1].startswith("At blocks 0 and 1 losing the readout rows (the first two) costs no")
+
+
+def test_the_input_of_the_final_map_has_no_blocks_and_no_rows(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"residual": (3, 64), "pooler": (1, 64)})
+
+    lines = summary_lines(run, "pooler")
+
+    assert lines[1].startswith("Nothing comes after the input of the final linear map")
+    assert lines[2].startswith("Losing the input of the final linear map costs 0.50 [0.46, 0.54], n = 200; 25 %")
+    assert "block" not in " ".join(lines)
+    assert "readout" not in " ".join(lines)
+    assert "Commitment depth" not in {card.name for card in key_numbers(open_run(run, "pooler"))}
+
+
+def test_sentences_on_the_whole_model_stand_with_the_first_component(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"heads": (3, 64), "mlp": (3, 64)})
+
+    assert len(summary_lines(run)) == 5
+    assert len(summary_lines(run, "mlp")) == 4
+    assert "Smallest redirect" in {card.name for card in key_numbers(open_run(run))}
+    assert "Smallest redirect" not in {card.name for card in key_numbers(open_run(run, "mlp"))}
+
+
 def test_a_row_that_matters_at_every_block_is_no_resupply(run_folder: Path) -> None:
     for layer in (0, 1):
         set_headroom(run_folder, "readout", layer, 0.2)

@@ -50,3 +50,12 @@ def test_a_block_that_is_not_there_is_refused(run_folder: Path, tmp_path: Path) 
         paper_figures(run_folder, tmp_path / "out", layers=[3])
 
     assert str(caught.value) == "There is no block 3: the run has blocks 0 to 2."
+
+
+def test_figures_of_further_components_carry_their_names(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"mlp": (4, 64), "pooler": (1, 64)})
+
+    paths = paper_figures(run, tmp_path / "out", layers=[1, 3])
+
+    names = ["headroom", "ablation-curves", "headroom-pooler", "ablation-curves-pooler"]
+    assert [path.stem for path in paths] == names

@@ -185,6 +185,62 @@ def test_the_probe_panel_says_how_near_the_fits_are_to_their_optimum(run_folder:
     assert "no entry of its gradient is above 3e-08" in figures.probe(open_run(run_folder)).caption
 
 
+COMPONENTS = ("residual", "mlp", "attention", "heads", "pooler")
+READOUTS = ("first", "last", "first-two", "mean", "mean-but-first", "first-and-mean")
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_component_and_readout_has_all_figures_and_names_no_rows_that_it_has_not(
+    tmp_path: Path, component: str, readout: str
+) -> None:
+    shape = {component: (1 if component == "pooler" else 2, 32)}
+    scopes = ("readout", "readout-onward", "all")
+    run = open_run(build_run(tmp_path / "run", components=shape, scopes=scopes, model={"readout": readout}))
+
+    panels = {panel.key: panel for panel in figures.panels(run)}
+
+    assert not [panel.key for panel in panels.values() if panel.missing]
+    said = " ".join(panels[key].caption for key in ("headroom", "ablation", "heat", "probe"))
+    one_row = readout in ("first", "last") and component != "pooler"
+    assert ("readout row " in said or "readout row," in said) == one_row
+    assert ("block" in said) == (component != "pooler")
+
+
+def test_two_scopes_that_are_one_edit_are_drawn_once(tmp_path: Path) -> None:
+    scopes = ("readout", "readout-onward", "all")
+    run = open_run(build_run(tmp_path / "run", scopes=scopes, model={"readout": "mean"}))
+
+    shown, ablation = figures.headroom(run).shown, figures.ablation(run)
+
+    assert shown is not None
+    names = ("all rows, this block only", "all rows, this block and later")
+    assert tuple(trace.name for trace in shown.data) == names
+    assert (ablation.choices[0].options, ablation.choices[0].chosen) == (names, 0)
+
+
+def test_rows_that_are_no_padding_can_be_swept_too_and_all_rows_are_shown_first(tmp_path: Path) -> None:
+    scopes = ("readout", "all", "non-padding")
+    run = open_run(build_run(tmp_path / "run", scopes=scopes))
+
+    choice = figures.ablation(run).choices[0]
+
+    assert choice.options[choice.chosen] == "all rows, this block"
+    assert traces(figures.headroom(run).shown, "all rows that are no padding, this block")
+
+
+def test_figures_of_a_further_component_are_drawn_from_its_own_numbers(tmp_path: Path) -> None:
+    shapes = {"residual": (3, 64), "mlp": (2, 256)}
+    run = open_run(build_run(tmp_path / "run", components=shapes), "mlp")
+
+    panels = {panel.key: panel for panel in figures.panels(run)}
+
+    (everything,) = traces(panels["headroom"].shown, "all rows, this block")
+    assert everything.y == pytest.approx((0.3, 0.3))
+    assert "hidden units of that block's feed-forward network" in panels["headroom"].caption
+    assert not {"redirect", "shift", "noise"} & set(panels)
+
+
 def test_a_narrow_axis_names_the_steps_nearest_to_its_ends_and_middle() -> None:
     from synapse.report.curves import few_steps
 

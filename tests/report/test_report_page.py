@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricated_run import change_json
+from fabricated_run import as_before_components, build_run, change_json
 
 from synapse.report import write_report
 from synapse.report.figures import headroom
@@ -105,6 +105,131 @@ def test_the_page_says_what_was_done_with_the_manifests_numbers(run_folder: Path
         "parameters 1,234,567",
         "sweep.scopes readout, all",
         "identity edit changes nothing bitwise",
+    ):
+        assert part in text
+
+
+def words_of(path: Path) -> str:
+    return " ".join(Page(path).text.split())
+
+
+def test_one_component_makes_one_page_that_names_it_and_links_nowhere(run_folder: Path) -> None:
+    page = Page(write_report(run_folder))
+
+    assert "A <b>made-up</b> run residual: the output of each block" in " ".join(page.text.split())
+    assert not [a for _, a in page.elements if a.get("class") == "pages"]
+
+
+def test_a_folder_from_before_components_makes_the_same_page(run_folder: Path) -> None:
+    now = write_report(run_folder).read_text(encoding="utf-8")
+
+    assert write_report(as_before_components(run_folder)).read_text(encoding="utf-8") == now
+
+
+def test_every_component_has_a_page_and_all_pages_link_to_each_other(tmp_path: Path) -> None:
+    shapes = {"residual": (2, 64), "mlp": (2, 256), "pooler": (1, 64)}
+    run = build_run(tmp_path / "run", components=shapes)
+
+    first = write_report(run)
+
+    names = {"report.html", "report-mlp.html", "report-pooler.html"}
+    assert first.name == "report.html"
+    assert {path.name for path in run.glob("*.html")} == names
+    for name in names:
+        page = Page(run / name)
+        links = {a["href"] for tag, a in page.elements if tag == "a" and not (a["href"] or "").startswith("#")}
+        assert links == names - {name}
+    text = words_of(run / "report-mlp.html")
+    assert "mlp: the hidden units of each block's feed-forward network Model made-up · 2 blocks of 256 hidden" in text
+
+
+def test_pages_of_components_stand_beside_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"mlp": (2, 64), "heads": (2, 64)}, model={"n_heads": 4})
+
+    write_report(run, tmp_path / "out" / "my #1.html")
+
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"my #1.html", "my #1-heads.html"}
+    assert 'href="my%20%231.html"' in (tmp_path / "out" / "my #1-heads.html").read_text(encoding="utf-8")
+    assert "16 units each: unit 16 is the first of head 1." in words_of(tmp_path / "out" / "my #1-heads.html")
+
+
+def test_what_is_of_the_whole_model_is_told_on_the_first_page_alone(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", components={"residual": (2, 64), "attention": (2, 64)})
+    first = words_of(write_report(run))
+    further = words_of(run / "report-attention.html")
+
+    for title in ("How small an edit of the head redirects a class", "Smallest redirect"):
+        assert title in first
+        assert title not in further
+    assert "they stand on the page of residual ." in further.replace("residual.", "residual .")
+
+
+@pytest.mark.parametrize(
+    ("component", "readout", "recorded", "scopes"),
+    [
+        (
+            "residual",
+            "last",
+            "Its state at the readout row, the token row that the head reads (the last that is no padding), was",
+            "An edit acts on the readout row at one block, on the readout row at that block and all later ones",
+        ),
+        (
+            "residual",
+            "mean",
+            "Its state, averaged over the token rows that the head reads (all that are no padding), was recorded",
+            "an edit of the readout rows and an edit of all rows are the same, and stand here once",
+        ),
+        (
+            "mlp",
+            "first-two",
+            "The values of its hidden feed-forward units, averaged over the readout rows, the token rows that the head "
+            "reads (the first two), were recorded in each block",
+            "Where a residual connection passes by these units",
+        ),
+        (
+            "pooler",
+            "first",
+            "The input of its final linear map, which gives the logits, was recorded",
+            "all scopes are the same edit, which stands here once",
+        ),
+    ],
+)
+def test_the_method_is_told_for_the_component_and_the_rows_that_were_read(
+    tmp_path: Path, component: str, readout: str, recorded: str, scopes: str
+) -> None:
+    layers = 1 if component == "pooler" else 2
+    run = build_run(tmp_path / "run", components={component: (layers, 64)}, model={"readout": readout})
+
+    text = words_of(write_report(run))
+
+    assert recorded in text
+    assert scopes in text
+    assert ("[CLS]" in text) == (readout == "first")
+
+
+def test_the_page_says_what_was_found_in_the_model_and_done_to_it(run_folder: Path) -> None:
+    blocks = [f"encoder.layer.{layer}" for layer in range(12)]
+    found = {
+        "readout": "mean-but-first",
+        "n_heads": 8,
+        "sites": {"residual": blocks, "mlp": ["block.down"] * 3},
+        "missing": {"attention": "no module projects <what> was mixed"},
+        "notes": ["the weights are stored as float16 and run as float32"],
+        "pads": False,
+    }
+    for name, value in found.items():
+        change_json(run_folder / "manifest.json", ["model", name], value)
+
+    text = words_of(write_report(run_folder))
+
+    for part in (
+        "readout mean-but-first: the mean of all rows that are no padding, the first left out",
+        "attention heads of a block 8",
+        "residual output of encoder.layer.0, encoder.layer.1 … encoder.layer.11 (12)",
+        "mlp input of block.down (3 calls)",
+        "attention not found: no module projects <what> was mixed",
+        "The weights are stored as float16 and run as float32. Examples of unequal length never share a batch, because "
+        "padding would move the logits.",
     ):
         assert part in text
 

@@ -5,7 +5,7 @@ from planted import B_UNIT, planted_classifier, planted_examples, random_classif
 from synapse.errors import SettingsError, SplitError
 from synapse.ranking.base import Ranking
 from synapse.recording import record
-from synapse.sweeping import KINDS, Cell, Grid, Kind, cost_of, plan, sweep
+from synapse.sweeping import KINDS, Cell, Grid, Kind, Reach, cost_of, plan, sweep
 from synapse.types import Neurons
 
 SMALL = Grid(
@@ -70,8 +70,8 @@ def test_a_layer_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeyp
     monkeypatch.setattr(module, "resume", lambda *args: good(*args) + 0.01 * (args[2] == 1))
     swept = sweep(classifier, examples, some_ranking(classifier), **options)
     np.testing.assert_allclose(swept.logits, right.logits, atol=2e-5)
-    assert swept.run_plain == ("layer 1, all", "layer 1, readout", "layer 1, readout-onward")
-    assert {record.getMessage()[:8] for record in caplog.records} == {"Layer 1,"}
+    assert swept.run_plain == tuple(f"residual of layer 1, {scope}" for scope in ("all", "readout", "readout-onward"))
+    assert {record.getMessage()[:20] for record in caplog.records} == {"residual of layer 1,"}
 
 
 def test_each_example_meets_the_asked_number_of_random_sets_at_each_size():
@@ -126,7 +126,7 @@ def test_at_the_last_layer_the_three_scopes_are_run_once():
     cells = [
         Cell(everything, scope, Kind("zero"), "", "", "top", -1, 1.0) for scope in ("readout", "readout-onward", "all")
     ]
-    cost = cost_of(cells, n_examples=5, n_layers=2)
+    cost = cost_of(cells, 5, Reach.of(classifier, "residual"))
     assert (cost.cells, cost.runs) == (3, 5)
     examples = planted_examples(5, seed=1)
     swept = sweep(

@@ -88,14 +88,17 @@ def _agrees_with_whole(classifier: Classifier, clean: CleanPass, place: str) -> 
 def noise_cost(classifier: Classifier, n_examples: int, *, budgets: int = len(BUDGETS), draws: int = DRAWS) -> int:
     """Return the block passes that `noise_attack` takes."""
     n_layers = classifier.n_layers
-    blocks_above = sum(n_layers - layer for layer in range(n_layers))
+    blocks_above = sum(n_layers - 1 - _last_clean(classifier, place) for place in places(classifier))
     return n_examples * (n_layers + budgets * draws * blocks_above)
+
+
+def _last_clean(classifier: Classifier, place: str) -> int:
+    """Return the last block whose output the weights of the place leave as it was, or -1."""
+    return classifier.n_layers - 1 if place == HEAD else int(place.split()[1]) - 1
 
 
 def _from_place(classifier: Classifier, clean: CleanPass, place: str) -> torch.Tensor:
     """Return the logits of the batch, run from the place whose weights have changed."""
-    last_clean = classifier.n_layers - 1 if place == HEAD else int(place.split()[1]) - 1
-    if last_clean < 0:
-        return classifier.forward(clean.batch)
+    layer = _last_clean(classifier, place)
     everyone = torch.arange(len(clean.logits), device=clean.logits.device)
-    return resume(classifier, clean, last_clean, clean.states[last_clean], everyone)
+    return resume(classifier, clean, layer, None if layer < 0 else clean.states[layer], everyone)

@@ -49,6 +49,32 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Dtype(StrEnum):
+    """In what precision to compute."""
+
+    float32 = "float32"
+    auto = "auto"
+
+
+INPUTS, FINDINGS = "What the examples are", "Where the anatomy is not found"
+
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Blocks = Annotated[
+    str | None,
+    typer.Option(help="Names of the blocks: a pattern such as 'layers.*', or with commas.", rich_help_panel=FINDINGS),
+]
+ReadoutRows = Annotated[
+    str | None, typer.Option(help="Rows that the head reads: first, last, mean, ...", rich_help_panel=FINDINGS)
+]
+Mlp = Annotated[str | None, typer.Option(help="Name of the down projection inside a block.", rich_help_panel=FINDINGS)]
+Attention = Annotated[
+    str | None, typer.Option(help="Name of attention's output projection inside a block.", rich_help_panel=FINDINGS)
+]
+Final = Annotated[
+    str | None, typer.Option(help="Name of the linear map that gives the logits.", rich_help_panel=FINDINGS)
+]
+
+
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier, or a study file (.yaml).")],
@@ -56,8 +82,22 @@ def run(
         Path | None, typer.Option(help="Labelled CSV, JSONL or Parquet that neurons are ranked on.")
     ] = None,
     test: Annotated[Path | None, typer.Option(help="Labelled file to measure on. One file alone is split.")] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the texts. [text]")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the labels. [label]")] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(help="What is studied, with commas: residual, mlp, attention, heads, pooler. [residual]"),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts. [text]", rich_help_panel=INPUTS)] = None,
+    pair: Annotated[
+        str | None, typer.Option(help="Column of the second text of a pair.", rich_help_panel=INPUTS)
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Column of the paths of images or sounds (wav).", rich_help_panel=INPUTS)
+    ] = None,
+    signal: Annotated[
+        str | None, typer.Option(help="Columns of numbers: a pattern such as 't*'.", rich_help_panel=INPUTS)
+    ] = None,
+    ids: Annotated[str | None, typer.Option(help="Column of token ids.", rich_help_panel=INPUTS)] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels. [label]", rich_help_panel=INPUTS)] = None,
     labels: Annotated[str | None, typer.Option(help="Class names in the order of the logits, with commas.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/NAME]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
@@ -78,6 +118,13 @@ def run(
         int | None, typer.Option(help="How many random sets of a size each example meets. [1]")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report. [name of the model]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Run in float32, or as the weights are. [float32]")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    blocks: Blocks = None,
+    readout: ReadoutRows = None,
+    mlp: Mlp = None,
+    attention: Attention = None,
+    final: Final = None,
 ) -> None:
     """Study a classifier on labelled examples, and write a run folder with its report.
 
@@ -90,7 +137,12 @@ def run(
     given: dict[str, Any] = {
         "train": train,
         "test": test,
+        "sites": _names(sites),
         "text": text,
+        "pair": pair,
+        "file": file,
+        "signal": signal,
+        "ids": ids,
         "label": label,
         "labels": _names(labels),
         "out": out,
@@ -108,6 +160,9 @@ def run(
         "random_sets": random_sets,
         "random_sets_per_example": random_sets_per_example,
         "title": title,
+        "dtype": dtype.value if dtype else None,
+        "trust_remote_code": trust_remote_code or None,
+        **_findings(blocks, readout, mlp, attention, final),
     }
     is_file = Path(model).suffix in (".yaml", ".yml")
     values = read_settings(Path(model)) if is_file else {"model": model}
@@ -121,7 +176,8 @@ def _study(settings: Any) -> Path:
     """Load what the settings name, say what is planned, and run it."""
     import torch
 
-    from synapse.data.examples import read_examples, split_examples
+    from synapse.data.examples import split_examples
+    from synapse.data.reading import read_examples
     from synapse.model.classifier import Classifier
     from synapse.store import check_free
     from synapse.study import forecast, run_study
@@ -135,10 +191,16 @@ def _study(settings: Any) -> Path:
     check_free(out, overwrite=settings.overwrite)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    parts = [read_examples(file, text=settings.text, label=settings.label) for file in files]
+    parts = [read_examples(file, **settings.columns()) for file in files]
     train, test = parts if len(parts) == 2 else split_examples(parts[0], seed=settings.seed)
     classifier = Classifier.from_pretrained(
-        settings.model, labels=settings.labels, device=settings.device, max_length=settings.max_length
+        settings.model,
+        labels=settings.labels,
+        device=settings.device,
+        max_length=settings.max_length,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        **settings.findings(),
     )
     for part in (train, test):
         part.targets(classifier.labels)
@@ -151,27 +213,31 @@ def _study(settings: Any) -> Path:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a classifier.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    labels: Annotated[str | None, typer.Option(help="Class names in the order of the logits, with commas.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    blocks: Blocks = None,
+    readout: ReadoutRows = None,
+    mlp: Mlp = None,
+    attention: Attention = None,
+    final: Final = None,
 ) -> None:
-    """Show a classifier's anatomy, as found and proved: blocks, width, sites, readout row, head.
+    """Show a classifier's anatomy, as found and proved: blocks, sites, readout rows, head.
 
     Example: `synapse inspect path/to/model --json`
     """
     from synapse.model.classifier import Classifier
 
-    found = Classifier.from_pretrained(model).describe()
+    findings = _findings(blocks, readout, mlp, attention, final)
+    classifier = Classifier.from_pretrained(
+        model, labels=_names(labels), trust_remote_code=trust_remote_code, **findings
+    )
+    found = classifier.describe()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
-        return
-    for name, value in found.items():
-        if isinstance(value, dict):
-            terminal.out.print(f"{name}:")
-            for key, sentence in value.items():
-                terminal.out.print(f"  {key}: {sentence}", markup=False)
-        else:
-            shown = ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
-            terminal.out.print(f"{name}: {shown}", markup=False)
+    else:
+        terminal.show_anatomy(found)
 
 
 @app.command()
@@ -232,6 +298,20 @@ def compare(
         raise SettingsError(f"{len(runs)} run was given; two or more are needed for a comparison.")
     terminal.show_comparison(comparison_table(runs))
     terminal.out.print(f"Report: {write_comparison(runs, out)}", markup=False)
+
+
+def _findings(
+    blocks: str | None, readout: str | None, mlp: str | None, attention: str | None, final: str | None
+) -> dict[str, Any]:
+    """Return what was said by hand about the anatomy, for the classifier and for the settings."""
+    names = _names(blocks)
+    return {
+        "blocks": names[0] if names and len(names) == 1 else names,
+        "readout": readout,
+        "mlp": mlp,
+        "attention": attention,
+        "final": final,
+    }
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

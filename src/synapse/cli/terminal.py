@@ -1,9 +1,10 @@
 """What the terminal shows: progress while it works, scorecards and comparisons when it is done."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -23,7 +24,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def stage_progress() -> Iterator[StageProgress]:
     """Give a callback that draws one bar a stage with the time left; it draws nothing when stderr is no terminal."""
     columns = (
-        TextColumn("  {task.description:<14}"),
+        TextColumn("  {task.description:<18}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -71,6 +72,42 @@ def show_run(run: Path) -> None:
     out.print(table)
     for line in summary_lines(run):
         out.print(f"- {_plain(line)}")
+
+
+def show_anatomy(found: Mapping[str, Any]) -> None:
+    """Print what was found of a classifier's anatomy, and how each finding was proved."""
+    facts = {
+        "blocks": f"{found['n_blocks']} of width {found['width']}: {_ends(found['blocks'])}",
+        "readout": f"{found['readout']} ({found['proofs']['readout']})",
+        "head": ", ".join(found["head"]),
+        "final map": found["final"] or "none: the head does not end in a linear map",
+        "padding": "examples of unequal length share batches"
+        if found["pads"]
+        else "moves the logits or is not known, so a batch holds examples of one length",
+        "labels": ", ".join(found["labels"]),
+        "parameters": f"{found['parameters']:,}",
+    }
+    out.print(f"[bold]{_plain(found['name'])}[/bold]")
+    for name, fact in facts.items():
+        out.print(f"{name}: {_plain(str(fact))}")
+    sites = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("site", "layers", "width", "where"):
+        sites.add_column(column)
+    for component, modules in found["sites"].items():
+        heads = f" ({found['n_heads']} heads)" if component == "heads" else ""
+        sites.add_row(component, str(len(modules)), f"{found['widths'][component]}{heads}", _plain(_ends(modules)))
+    for component, why in found["missing"].items():
+        sites.add_row(component, "-", "-", _plain(f"not found: {why}"))
+    out.print(sites)
+    for note in found["notes"]:
+        out.print(f"note: {_plain(note)}")
+    for name, sentence in found["proofs"].items():
+        out.print(f"proved, {name}: {_plain(sentence)}")
+
+
+def _ends(names: Sequence[str]) -> str:
+    """Return the first and the last of several names."""
+    return names[0] if len(set(names)) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def show_comparison(table: pd.DataFrame) -> None:

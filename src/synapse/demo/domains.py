@@ -149,7 +149,9 @@ def _load_vit(folder: Path) -> nn.Module:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        module: nn.Module = ViTForImageClassification.from_pretrained(folder, use_safetensors=True, dtype="float32")
+        # Some versions of the library draw weights before they read them.
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = ViTForImageClassification.from_pretrained(folder, use_safetensors=True, dtype="float32")
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -22,6 +22,7 @@ from synapse.measure.outcomes import predictions as predictions
 from synapse.measure.outcomes import recall as recall
 from synapse.measure.redundancy import Redundancy as Redundancy
 from synapse.measure.redundancy import redundancy as redundancy
+from synapse.measure.scorecard import component_figures as component_figures
 from synapse.measure.scorecard import scorecard as scorecard
 from synapse.measure.scorecard import sweep_table as sweep_table
 from synapse.measure.specialisation import Specialisation as Specialisation

@@ -13,7 +13,7 @@ from synapse.measure.redundancy import redundancy
 from synapse.measure.specialisation import specialisation
 from synapse.measure.stability import stability
 from synapse.measure.vulnerability import vulnerability
-from synapse.types import Figure, Sweep
+from synapse.types import Component, Figure, Sweep
 
 FORMAT = 1
 """Version of the scorecard's layout."""
@@ -25,18 +25,37 @@ def scorecard(
     *,
     test_logits: Float[np.ndarray, "example label"],
     test_targets: Int[np.ndarray, "example"],
-    probe_table: pd.DataFrame,
-    ranking_table: pd.DataFrame,
-    sweep: Sweep,
+    labels: tuple[str, ...],
     attack_table: pd.DataFrame,
-    method: str | None = None,
+    component: Component,
+    figures: dict[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return every figure of a study as plain dictionaries, ready for JSON; layers are string keys.
 
-    `clean` is measured on the whole test set, the rest on the examples of the sweep and the tables given
-    (columns as in docs/run-folder.md). `method` is the ranking that was swept. The same `seed` gives the
-    same numbers, bit for bit.
+    `clean` is measured on the whole test set; `figures` are those of `component` (see `component_figures`). The same
+    `seed` gives the same numbers, bit for bit.
+    """
+    return {
+        "format": FORMAT,
+        "component": component,
+        "clean": _plain(clean_figures(test_logits, test_targets, labels, seed=seed)),
+        **figures,
+        "vulnerability": _plain(vulnerability(attack_table)),
+    }
+
+
+def component_figures(
+    *,
+    probe_table: pd.DataFrame,
+    ranking_table: pd.DataFrame,
+    sweep: Sweep,
+    method: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of one component, measured on the examples of its sweep and of the tables given.
+
+    Tables have the columns of docs/run-folder.md. `method` is the ranking that was swept.
 
     Raises
     ------
@@ -44,13 +63,10 @@ def scorecard(
         Where the parts of the sweep do not fit each other.
     """
     return {
-        "format": FORMAT,
-        "clean": _plain(clean_figures(test_logits, test_targets, sweep.labels, seed=seed)),
         "probe": _plain(probe_figures(probe_table)),
         "stability": _plain(stability(sweep, method=method, seed=seed)),
         "redundancy": _plain(redundancy(sweep, method=method, seed=seed)),
         "specialisation": _plain(specialisation(sweep, ranking_table, method=method, seed=seed)),
-        "vulnerability": _plain(vulnerability(attack_table)),
     }
 
 

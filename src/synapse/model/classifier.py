@@ -9,24 +9,23 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from synapse.data.batches import length_buckets
+from synapse.data.batches import equal_lengths, length_buckets
 from synapse.data.examples import Examples
-from synapse.errors import ModelError, SettingsError
-from synapse.model.anatomy import Anatomy, find_anatomy, forward_logits, readout_rows
-from synapse.model.pretrained import load_text_classifier
+from synapse.data.inputs import content_bytes
+from synapse.errors import ModelError, SettingsError, near
+from synapse.model.anatomy import Anatomy, Overrides, find_anatomy
+from synapse.model.hooks import Site, study_mode
+from synapse.model.preprocess import preprocess_for
+from synapse.model.pretrained import load_classifier
+from synapse.model.readout import MASK
+from synapse.model.trace import forward_logits
+from synapse.types import COMPONENTS, Scope
 
-Inputs = Sequence[str] | np.ndarray
-"""Raw inputs, one entry (or one row) an example."""
-
-# Two texts of unequal length: the shorter one has padding rows when both stand in a batch.
-SAMPLE_TEXTS = (
-    "A short text.",
-    "A second text, rather longer than the first, so that a batch of both is padded.",
-)
-
+Inputs = Sequence[Any] | np.ndarray
+"""Raw inputs, one entry (or one row) an example: texts, pairs of texts, token ids, paths, arrays."""
 
 STATE_NUMBERS = {"cpu": 400_000, "cuda": 25_000_000}
 """Numbers in one block output of a forward pass, at most."""
@@ -36,7 +35,11 @@ LogitEdit = Callable[[Tensor], Tensor]
 
 
 Preprocess = Callable[[Any], Mapping[str, Tensor]]
-"""Turns raw inputs into the keyword arguments of the model's forward, example first in every tensor."""
+"""Turns raw inputs into the keyword arguments of the model's forward, example first in every tensor.
+
+Two methods are used where it has them: `lengths(inputs)`, so that examples of like length are batched together, and
+`samples()`, raw inputs of unequal length on which the anatomy is proved.
+"""
 
 
 @runtime_checkable
@@ -85,6 +88,8 @@ class Classifier:
         *,
         name: str,
         device: torch.device,
+        longest_sample: int = 1,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.module = module
         self.preprocess = preprocess
@@ -92,6 +97,8 @@ class Classifier:
         self.anatomy = anatomy
         self.name = name
         self.device = device
+        self.longest_sample = longest_sample
+        self.notes = notes
         self.blocks = tuple(module.get_submodule(block) for block in anatomy.blocks)
         # Rows of one forward pass: few enough to stay in a CPU's cache, many enough to keep a GPU busy.
         self.max_tokens = max(128, STATE_NUMBERS[device.type] // anatomy.width)
@@ -106,24 +113,37 @@ class Classifier:
         labels: Sequence[str] | None = None,
         device: str = "auto",
         max_length: int | None = None,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+        blocks: str | Sequence[str] | None = None,
+        readout: str | None = None,
+        mlp: str | None = None,
+        attention: str | None = None,
+        final: str | None = None,
     ) -> "Classifier":
-        """Return the sequence classifier in a local folder, or of a hub id when there is a network.
+        """Return the classifier of texts, images or sounds in a local folder, or of a hub id when there is a network.
 
         `labels` overrides the names in the model's `id2label`, in the order of the logits. `max_length` cuts texts
-        shorter than the model's own limit.
+        shorter than the model's own limit. Weights run in float32, or with `dtype="auto"` as they are stored. Code that
+        comes with a model runs only with `trust_remote_code`. The other options override findings, see `from_module`.
 
         Raises:
             ModelError: nothing to load there, or no fine-tuned single-label classification head.
             AnatomyError: the model's parts could not be found or proved.
         """
-        loaded = load_text_classifier(model, max_length=max_length)
+        loaded = load_classifier(model, max_length=max_length, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls.from_module(
             loaded.module,
             preprocess=loaded.preprocess,
             labels=loaded.labels if labels is None else labels,
-            sample=SAMPLE_TEXTS,
             name=Path(str(model)).name,
             device=device,
+            blocks=blocks,
+            readout=readout,
+            mlp=mlp,
+            attention=attention,
+            final=final,
+            notes=loaded.notes,
         )
 
     @classmethod
@@ -131,38 +151,69 @@ class Classifier:
         cls,
         module: nn.Module,
         *,
-        preprocess: Preprocess,
-        labels: Sequence[str],
-        sample: Inputs,
+        preprocess: Any,
+        labels: Sequence[str] | None = None,
+        sample: Inputs | None = None,
         name: str = "",
         device: str = "auto",
+        blocks: str | Sequence[str] | None = None,
+        readout: str | None = None,
+        mlp: str | None = None,
+        attention: str | None = None,
+        final: str | None = None,
+        notes: Sequence[str] = (),
     ) -> "Classifier":
         """Return a classifier around any `nn.Module` whose forward gives logits.
 
-        `preprocess` turns raw inputs into forward arguments; if it has a method `lengths(inputs)`, examples of like
-        length are batched together. `labels` are class names in the order of the logits. `sample` holds two or more
-        raw inputs on which the anatomy is found and proved.
+        `preprocess` turns raw inputs into forward arguments (see `Preprocess`); a tokenizer, an image processor or a
+        feature extractor of the model library does as well. `labels` are class names in the order of the logits, by
+        default those of the module's own configuration. `sample` holds two or more raw inputs, best of unequal length,
+        on which the anatomy is found and proved.
+
+        Findings can be given by hand: `blocks` by their names in `module.named_modules()` or one pattern such as
+        `encoder.layer.*`; `readout`, see `synapse.types.Readout`; `mlp` and `attention` as names, inside a
+        block, of the down and the output projection; `final`, the linear map that gives the logits.
 
         Raises:
-            SettingsError: fewer than two labels, labels that repeat or are empty, fewer than two samples.
+            SettingsError: fewer than two labels, labels that repeat or are empty, fewer than two samples, or an
+            override
+                that names nothing.
             ModelError, AnatomyError: as `from_pretrained`.
         """
-        labels = tuple(labels)
-        if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
-            raise SettingsError(
-                f"The labels are {list(labels)}; two or more distinct, non-empty names in the order of the logits were "
-                "expected. A regression head (one output) cannot be studied."
-            )
-        if len(sample) < 2:
-            raise SettingsError(f"{len(sample)} sample inputs were given; two or more are needed to prove the anatomy.")
         if module.training:
             raise ModelError("The module is in training mode, so its answers are random; call `module.eval()` first.")
+        preprocess = preprocess_for(preprocess, module)
+        names = _checked_labels(_own_labels(module) if labels is None else tuple(labels))
+        if sample is None:
+            sample = preprocess.samples() if hasattr(preprocess, "samples") else ()
+        if len(sample) < 2:
+            raise SettingsError(
+                f"{len(sample)} sample inputs were given; two or more are needed to prove the anatomy: pass `sample=`."
+            )
         place = choose_device(device)
         module.to(place)
-        inputs = {key: value.to(place) for key, value in preprocess(sample).items()}
-        with _plain_kernels():
-            anatomy = find_anatomy(module, inputs, len(labels))
-        return cls(module, preprocess, labels, anatomy, name=name or type(module).__name__, device=place)
+        lengths = _lengths(preprocess, sample)
+        longest_first = np.argsort(-lengths, kind="stable")
+        with study_mode(module):
+            anatomy = find_anatomy(
+                module,
+                _on(place, preprocess(_chosen(sample, longest_first))),
+                len(names),
+                alone=_on(place, preprocess(_chosen(sample, longest_first[-1:]))),
+                overrides=Overrides(blocks, readout, mlp, attention, final),
+            )
+        name = name or type(module).__name__
+        longest = max(1, int(lengths.max()))
+        return cls(
+            module,
+            preprocess,
+            names,
+            anatomy,
+            name=name,
+            device=place,
+            longest_sample=longest,
+            notes=tuple(dict.fromkeys((*notes, *getattr(preprocess, "notes", ())))),
+        )
 
     @property
     def n_layers(self) -> int:
@@ -174,26 +225,61 @@ class Classifier:
         """Number of units of a block's output."""
         return self.anatomy.width
 
+    def sites(self, component: str = "residual") -> tuple[Site, ...]:
+        """Return the sites of a component, one a layer.
+
+        Raises:
+            SettingsError: an unknown component, or one that this classifier does not have; the message says why.
+        """
+        if component not in COMPONENTS:
+            known = ", ".join(COMPONENTS)
+            raise SettingsError(f"There is no component {component!r}; there are {known}.{near(component, COMPONENTS)}")
+        found = self.anatomy.sites.get(component)
+        if found is None:
+            raise SettingsError(
+                f"This classifier has no site {component!r}: {self.anatomy.missing[component]}. It has "
+                f"{', '.join(self.anatomy.sites)}; a projection can be named with `mlp=` or `attention=`."
+            )
+        return found
+
     @property
-    def final(self) -> nn.Linear | None:
+    def final(self) -> nn.Module | None:
         """The linear map that gives the logits, if the head ends in one."""
-        if self.anatomy.final is None:
-            return None
-        final = self.module.get_submodule(self.anatomy.final)
-        assert isinstance(final, nn.Linear)
-        return final
+        return None if self.anatomy.final is None else self.module.get_submodule(self.anatomy.final)
+
+    def head_weight(self) -> Float[Tensor, "label feature"]:
+        """Return the matrix of the final linear map, (label, feature).
+
+        Raises:
+            SettingsError: the head does not end in one.
+        """
+        final = self.final
+        if final is None:
+            raise SettingsError(
+                "The head does not end in a linear map; an attack on it, or an edit of it, is left out."
+            )
+        weight = final.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     def batches(self, inputs: Inputs) -> Iterator[Batch]:
-        """Yield the inputs in batches of like length, each at most `max_tokens` rows."""
-        lengths = getattr(self.preprocess, "lengths", None)
-        if lengths is not None:
-            buckets = length_buckets(lengths(inputs), batch_size=256, max_tokens=self.max_tokens)
+        """Yield the inputs in batches of like length, each at most `max_tokens` rows.
+
+        Where padding moves a model's logits, or its rows cannot be told from padding, a batch holds one length.
+        """
+        anatomy, lengths = self.anatomy, getattr(self.preprocess, "lengths", None)
+        if lengths is None or not anatomy.n_tokens_follow_length:
+            size = max(1, self.max_tokens // anatomy.n_tokens) if anatomy.pads else 1
+            buckets = length_buckets(np.ones(len(inputs), dtype=np.int64), batch_size=size)
         else:
-            buckets = length_buckets(np.ones(len(inputs), dtype=np.int64), batch_size=32)
+            # A sound's length is counted in samples, of which many make a row.
+            max_length = max(1, round(self.max_tokens * self.longest_sample / anatomy.n_tokens))
+            same = length_buckets if anatomy.pads else equal_lengths
+            buckets = same(lengths(inputs), batch_size=256, max_tokens=max_length)
         for index in buckets:
-            chosen = [inputs[i] for i in index] if not isinstance(inputs, np.ndarray) else inputs[index]
-            tensors = {name: value.to(self.device) for name, value in self.preprocess(chosen).items()}
-            yield Batch(index, tuple(_content_key(item) for item in chosen), tensors)
+            chosen = _chosen(inputs, index)
+            keys = tuple(_content_key(item) for item in chosen)
+            yield Batch(index, keys, _on(self.device, self.preprocess(chosen)))
 
     def predict(self, examples: Examples | Inputs) -> Float[np.ndarray, "example label"]:
         """Return the logits of every example, in the order given, in float32."""
@@ -205,7 +291,7 @@ class Classifier:
 
     def forward(self, batch: Batch) -> Float[Tensor, "example label"]:
         """Return the logits of one batch, under whatever perturbation is applied."""
-        with self.running(batch), torch.inference_mode(), _plain_kernels():
+        with self.running(batch), torch.inference_mode(), study_mode(self.module):
             logits = forward_logits(self.module, batch.inputs)
             for edit in self._logit_edits:
                 logits = edit(logits)
@@ -239,9 +325,28 @@ class Classifier:
             )
         return self._batch
 
-    def readout_rows(self, batch: Batch, n_tokens: int) -> Int[Tensor, "example"]:
-        """Return the index of the row that the head reads, for every example of the batch."""
-        return readout_rows(self.anatomy.readout, batch.inputs, n_tokens)
+    def readout_weights(self, batch: Batch, site: Site, n_tokens: int) -> Float[Tensor, "example token"]:
+        """Return how much each row of a site counts in the readout state; the rows of an example sum to 1."""
+        if site.layout == "example unit":
+            return torch.ones(len(batch.index), 1, device=self.device)
+        return self.anatomy.rows(batch.inputs, n_tokens)
+
+    def readout_state(
+        self, batch: Batch, site: Site, states: Float[Tensor, "example token unit"]
+    ) -> Float[Tensor, "example unit"]:
+        """Return the state of the row that the head reads, or the mean of those that it reads, in float32."""
+        weights = self.readout_weights(batch, site, states.shape[1])
+        if bool(((weights == 0) | (weights == 1)).all()):
+            return states[weights == 1].float()
+        return torch.einsum("et,etu->eu", weights, states.float())
+
+    def rows(self, batch: Batch, site: Site, n_tokens: int, scope: Scope) -> Bool[Tensor, "example token"] | None:
+        """Return which rows of a site a scope edits; None stands for all."""
+        if scope == "all" or site.layout == "example unit":
+            return None
+        if scope == "non-padding":
+            return self.anatomy.rows.rows(batch.inputs, n_tokens)
+        return self.readout_weights(batch, site, n_tokens) > 0
 
     @contextmanager
     def edited(self, *perturbations: Perturbation) -> Iterator["Classifier"]:
@@ -254,17 +359,23 @@ class Classifier:
     def describe(self) -> dict[str, Any]:
         """Return the anatomy as plain values: what `synapse inspect --json` prints."""
         anatomy = self.anatomy
+        sites = {component: [site.module for site in found] for component, found in anatomy.sites.items()}
         return {
             "name": self.name,
             "n_blocks": self.n_layers,
             "width": self.width,
-            "sites": [f"{block} (residual)" for block in anatomy.blocks],
+            "blocks": list(anatomy.blocks),
             "readout": anatomy.readout,
             "head": list(anatomy.head),
             "final": anatomy.final,
-            "embedding": anatomy.embedding,
+            "n_heads": anatomy.n_heads,
+            "sites": sites,
+            "widths": {component: found[0].width for component, found in anatomy.sites.items()},
+            "missing": dict(anatomy.missing),
+            "pads": anatomy.pads,
             "labels": list(self.labels),
             "parameters": sum(p.numel() for p in self.module.parameters()),
+            "notes": list(self.notes),
             "proofs": dict(anatomy.proofs),
         }
 
@@ -286,27 +397,65 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of the tensors, in order of their names."""
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over names, types, shapes and bytes of the tensors, in order of their names.
+
+    Quantised maps keep tensors inside tuples of other values, which are hashed with what they hold.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        _digest_value(digest, name, tensors[name])
     return digest.hexdigest()
 
 
+def _digest_value(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for position, entry in enumerate(value):
+            _digest_value(digest, f"{name}[{position}]", entry)
+        return
+    if not isinstance(value, Tensor):
+        digest.update(f"{name} {value!r}".encode())
+        return
+    tensor = value.detach().cpu()
+    if tensor.is_quantized:
+        digest.update(f"{name} {tensor.qscheme()} {tensor.dequantize().flatten().tolist()}".encode())
+        return
+    tensor = tensor.contiguous()
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _checked_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
+        raise SettingsError(
+            f"The labels are {list(labels)}; two or more distinct, non-empty names in the order of the logits were "
+            "expected. A regression head (one output) cannot be studied: it has no classes to redirect between."
+        )
+    return labels
+
+
+def _own_labels(module: nn.Module) -> tuple[str, ...]:
+    names = getattr(getattr(module, "config", None), "id2label", None)
+    if not names:
+        raise SettingsError("The module names no classes of its own; pass `labels=`, in the order of the logits.")
+    return tuple(str(names[position]) for position in range(len(names)))
+
+
+def _lengths(preprocess: Any, sample: Inputs) -> Int[np.ndarray, "example"]:
+    """Return the sample's lengths; all 0 where nothing tells them."""
+    if hasattr(preprocess, "lengths"):
+        return np.asarray(preprocess.lengths(sample), dtype=np.int64)
+    mask = preprocess(_chosen(sample, np.arange(len(sample)))).get(MASK)
+    return np.zeros(len(sample), dtype=np.int64) if mask is None else mask.flatten(1).sum(dim=1).cpu().numpy()
+
+
+def _chosen(inputs: Inputs, index: Int[np.ndarray, "example"]) -> Any:
+    return inputs[index] if isinstance(inputs, np.ndarray) else [inputs[i] for i in index]
+
+
+def _on(device: torch.device, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
+
+
 def _content_key(item: Any) -> int:
-    content = item.encode() if isinstance(item, str) else np.ascontiguousarray(item).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Turn off PyTorch's fused encoder kernel, which skips hooks (pytorch/pytorch#128413), for the time being."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    return int.from_bytes(hashlib.blake2b(content_bytes(item), digest_size=8).digest(), "little")

@@ -1,88 +1,147 @@
 """Run a classifier from one of its blocks on: what lies below an edit is never computed twice.
 
-One clean pass of a batch keeps the output of every block. A run whose first change is at layer l starts there: the
-embedding and the blocks up to l are passed over, the model's own code does the rest. Nothing here knows an
+One clean pass of a batch keeps the output of every block, and of what runs before them. A run whose first change is at
+layer l starts there: what lies below is passed over, the model's own code does the rest. Nothing here knows an
 architecture, and many edited copies of an example share one forward pass.
 """
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from synapse.model.classifier import Batch, Classifier
-from synapse.model.hooks import edited_outputs, passed_over
+from synapse.model.hooks import Edit, Site, edited_sites, standing_in, without_hidden_states
+from synapse.model.trace import Replay, Replayable, tensors_in, with_tensors
+from synapse.types import Component
 
 
 @dataclass(frozen=True, eq=False)
 class CleanPass:
-    """The outputs of every block for one batch, (example, token, unit) each, and the logits."""
+    """What one unperturbed forward pass of a batch gave.
+
+    `states[l]` is the output of block l, (example, token, unit); `others` holds the states of other components that
+    were asked for; `features` the input of the final linear map at the readout row.
+    """
 
     batch: Batch
     states: tuple[Tensor, ...]
+    others: dict[Component, tuple[Tensor, ...]]
     logits: Float[Tensor, "example label"]
     features: Float[Tensor, "example feature"] | None
+    replay: Replay
 
     @property
     def n_tokens(self) -> int:
         """Number of token rows, padding included."""
         return int(self.states[0].shape[1])
 
-    def take(self, examples: Int[np.ndarray, "chosen"]) -> "CleanPass":
+    def of(self, component: Component) -> tuple[Tensor, ...]:
+        """Return the states of a component, one tensor (example, token, unit) a layer."""
+        return self.states if component == "residual" else self.others[component]
+
+    def take(self, chosen: Int[Tensor, "chosen"]) -> "CleanPass":
         """Return the same pass for the chosen examples of the batch."""
-        chosen = torch.from_numpy(examples).to(self.logits.device)
         return CleanPass(
             self.batch.take(chosen),
             tuple(states[chosen] for states in self.states),
+            {name: tuple(states[chosen] for states in layers) for name, layers in self.others.items()},
             self.logits[chosen],
             None if self.features is None else self.features[chosen],
+            self.replay.take(chosen),
         )
 
 
-def clean_pass(classifier: Classifier, batch: Batch) -> CleanPass:
-    """Return the block outputs of one unperturbed forward pass, and the input of the final linear map."""
-    states: list[Tensor] = []
-    features: list[Tensor] = []
-    final = classifier.final
-    handles = []
-    if final is not None:
-        handles.append(final.register_forward_pre_hook(lambda _module, inputs: features.append(inputs[0])))
-    try:
-        # Copies: a block that works in place would change what the one before it returned.
-        keep = [(block, lambda hidden: states.append(hidden.clone())) for block in classifier.blocks]
-        with edited_outputs(keep):
-            logits = classifier.forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows = classifier.readout_rows(batch, states[0].shape[1])
-    return CleanPass(batch, tuple(states), logits, _at_rows(features[0], rows) if features else None)
+def clean_pass(classifier: Classifier, batch: Batch, components: Sequence[Component] = ()) -> CleanPass:
+    """Return the block outputs of one unperturbed forward pass, and the states of further components."""
+    anatomy = classifier.anatomy
+    kept: dict[tuple[Component, int], Tensor] = {}
+    wanted: dict[Component, tuple[Site, ...]] = {name: classifier.sites(name) for name in ("residual", *components)}
+    if anatomy.final is not None:
+        wanted["pooler"] = classifier.sites("pooler")
+    edits: list[tuple[Site, Edit]] = [
+        (site, partial(_keep, kept, (name, layer)))
+        for name, sites in wanted.items()
+        for layer, site in enumerate(sites)
+    ]
+    with (
+        edited_sites(classifier.module, edits),
+        _kept_outputs(classifier.module, anatomy.before) as before,
+        _kept_outputs(classifier.module, anatomy.replays, without_states=True) as blocks,
+    ):
+        logits = classifier.forward(batch)
+    features = None
+    if anatomy.final is not None:
+        features = classifier.readout_state(batch, wanted["pooler"][0], kept["pooler", 0])
+    layers = {name: tuple(kept[name, layer] for layer in range(len(sites))) for name, sites in wanted.items()}
+    states = layers.pop("residual")
+    return CleanPass(batch, states, layers, logits, features, Replay(tuple(before), tuple(blocks)))
 
 
 def resume(
     classifier: Classifier,
     clean: CleanPass,
     layer: int,
-    states: Float[Tensor, "run token unit"],
+    states: Float[Tensor, "run token unit"] | None,
     example: Int[Tensor, "run"],
 ) -> Float[Tensor, "run label"]:
     """Return the logits of runs that take `states` for the output of block `layer`.
 
     `example[r]` says which example of the clean batch run r is about; the blocks above `layer` and the head compute on
-    its inputs (masks, positions), whatever is applied to them.
+    its inputs (masks, positions), whatever is applied to them. Layer -1, which needs no states, runs all blocks.
     """
-    batch = clean.batch.take(example)
-    below = list(classifier.blocks[: layer + 1])
-    anatomy = classifier.anatomy
-    embedding = [] if anatomy.embedding is None else [classifier.module.get_submodule(anatomy.embedding)]
-    with passed_over(embedding, states), passed_over(below, anatomy.block_output(states)):
+    batch, replay = clean.batch.take(example), clean.replay.take(example)
+    if layer < 0:
+        with standing_in(classifier.module, replay.up_to(-1, None)):
+            return classifier.forward(batch)
+    site = classifier.sites()[layer]
+    assert states is not None
+    if replay.blocks:
+        with standing_in(classifier.module, replay.up_to(layer, site.as_it_was(states))):
+            return classifier.forward(batch)
+    # The whole model runs; what is applied to this site acts on the given states.
+    with edited_sites(classifier.module, [(site, lambda _: states)], before_others=True):
         return classifier.forward(batch)
 
 
-def _at_rows(features: Tensor, rows: Int[Tensor, "example"]) -> Float[Tensor, "example feature"]:
-    """Return one row of features an example: a final map that runs on every token is read at the readout row."""
-    if features.ndim == 2:
-        return features
-    return features[torch.arange(len(rows), device=rows.device), rows]
+def resume_layer(classifier: Classifier, component: Component, layer: int) -> int:
+    """Return the last block that an edit of this site leaves as it was: where a run with that edit starts."""
+    return classifier.n_layers - 1 if component == "pooler" else layer if component == "residual" else layer - 1
+
+
+def _keep(kept: dict[tuple[Component, int], Tensor], place: tuple[Component, int], states: Tensor) -> None:
+    # A copy: a block that works in place would change what the one before it returned.
+    kept[place] = states.clone()
+
+
+@contextmanager
+def _kept_outputs(
+    root: nn.Module, parts: Sequence[Replayable], *, without_states: bool = False
+) -> Iterator[list[tuple[Replayable, Any]]]:
+    """Keep what the calls of these parts return in the forward pass that follows, in their order."""
+    keeper = _OutputKeeper({(part.module, part.call) for part in parts}, without_states)
+    kept: list[tuple[Replayable, Any]] = []
+    with ExitStack() as stack:
+        for name in dict.fromkeys(part.module for part in parts):
+            stack.callback(root.get_submodule(name).register_forward_hook(partial(keeper.keep, name)).remove)
+        yield kept
+    kept.extend((part, keeper.outputs[part.module, part.call]) for part in parts)
+
+
+class _OutputKeeper:
+    def __init__(self, wanted: set[tuple[str, int]], without_states: bool) -> None:
+        self.wanted, self.without_states = wanted, without_states
+        self.outputs: dict[tuple[str, int], Any] = {}
+        self.counts: Counter[str] = Counter()
+
+    def keep(self, name: str, _module: nn.Module, _arguments: Any, output: Any) -> None:
+        call = name, self.counts[name]
+        self.counts[name] += 1
+        if call in self.wanted:
+            output = without_hidden_states(output) if self.without_states else output
+            self.outputs[call] = with_tensors(output, [tensor.clone() for tensor in tensors_in(output)])

@@ -6,23 +6,24 @@ normal, so that one function edits one example under one intervention, or a thou
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from synapse.errors import SettingsError
 from synapse.model.classifier import Batch, Classifier
-from synapse.model.hooks import Edit, edited_outputs
-from synapse.types import SCOPES, Neurons, Scope
+from synapse.model.hooks import Edit, Site, edited_sites
+from synapse.types import COMPONENTS, SCOPES, Component, Neurons, Scope
 
 
 @dataclass(frozen=True, eq=False)
 class AffineEdit:
-    """The edit of whole block outputs, one row a run: untouched units have gain 1, offset 0 and deviation 0."""
+    """The edit of all units of a site, one row a run: untouched units have gain 1, offset 0 and deviation 0."""
 
     gain: Float[Tensor, "run unit"]
     offset: Float[Tensor, "run unit"]
@@ -44,19 +45,20 @@ class AffineEdit:
     def __call__(
         self,
         states: Float[Tensor, "run token unit"],
-        rows: Int[Tensor, "run"] | None,
+        rows: Bool[Tensor, "run token"] | None,
         noise: Float[Tensor, "run token unit"] | None,
     ) -> Float[Tensor, "run token unit"]:
-        """Return the states, edited at the given row of each run, or at every row if `rows` is None."""
+        """Return the states, edited at the given rows of each run, or at every row if `rows` is None."""
         if rows is None:
             edited = states * self.gain[:, None] + self.offset[:, None]
-            return edited if noise is None else edited + self.deviation[:, None] * noise
-        run = torch.arange(len(states), device=states.device)
-        values = states[run, rows] * self.gain + self.offset
+            edited = edited if noise is None else edited + self.deviation[:, None] * noise
+            return edited.to(states.dtype)
+        run, row = rows.nonzero(as_tuple=True)
+        values = states[run, row] * self.gain[run] + self.offset[run]
         if noise is not None:
-            values = values + self.deviation * noise[run, rows]
+            values = values + self.deviation[run] * noise[run, row]
         edited = states.clone()
-        edited[run, rows] = values.to(edited.dtype)
+        edited[run, row] = values.to(edited.dtype)
         return edited
 
 
@@ -64,7 +66,8 @@ class AffineEdit:
 class Intervention(ABC):
     """An edit of `neurons` in a `scope`; `with classifier.edited(intervention):` applies it.
 
-    The edit acts on `neurons.layer`; with scope `readout-onward` also on the same units of every later layer.
+    The edit acts on the component and layer of the neurons; with scope `readout-onward` also on the same units of every
+    later layer. Where the head reads several rows, the scope `readout` edits all of them.
     """
 
     neurons: Neurons
@@ -81,7 +84,7 @@ class Intervention(ABC):
         return True
 
     def edit(self, width: int) -> AffineEdit:
-        """Return the edit of a block output of that width, as one run."""
+        """Return the edit of a site of that width, as one run."""
         rows = [torch.ones(1, width), torch.zeros(1, width), torch.zeros(1, width)]
         units = list(self.neurons.units)
         for row, values in zip(rows, self.map(), strict=True):
@@ -93,7 +96,7 @@ class Intervention(ABC):
         """Edit the neurons in every forward pass of the classifier while the context is open.
 
         Raises:
-            SettingsError: a layer, unit or scope that the classifier does not have.
+            SettingsError: a component, layer, unit or scope that the classifier does not have.
         """
         check_neurons(self.neurons, classifier)
         if self.scope not in SCOPES:
@@ -103,26 +106,25 @@ class Intervention(ABC):
                 f"{type(self).__name__} carries numbers of one layer, and 'readout-onward' edits later ones too; apply "
                 "one intervention a layer instead: `classifier.edited(first, second, ...)`."
             )
-        first = self.neurons.layer
-        layers = range(first, classifier.n_layers) if self.scope == "readout-onward" else [first]
-        edit = self.edit(classifier.width).to(classifier.device)
-        with ExitStack() as stack:
-            for layer in layers:
-                hook = self._hook(classifier, edit, layer)
-                stack.enter_context(edited_outputs([(classifier.blocks[layer], hook)]))
+        sites, first = classifier.sites(self.neurons.component), self.neurons.layer
+        layers = range(first, len(sites)) if self.scope == "readout-onward" else [first]
+        edit = self.edit(sites[first].width).to(classifier.device)
+        edits: list[tuple[Site, Edit]] = [
+            (sites[layer], partial(self._edited, classifier, edit, layer)) for layer in layers
+        ]
+        with edited_sites(classifier.module, edits):
             yield
 
-    def _hook(self, classifier: Classifier, edit: AffineEdit, layer: int) -> Edit:
-        def hook(states: Tensor) -> Tensor:
-            batch, n_tokens = classifier.current_batch, states.shape[1]
-            rows = None if self.scope == "all" else classifier.readout_rows(batch, n_tokens)
-            noisy = bool(edit.deviation.any())
-            seed = self.seed if isinstance(self, Noise) else 0
-            noise = noise_for(batch, layer, n_tokens, classifier.width, seed=seed) if noisy else None
-            everyone = torch.zeros(len(states), dtype=torch.long, device=states.device)
-            return edit.take(everyone)(states, rows, None if noise is None else noise.to(states.device))
-
-        return hook
+    def _edited(self, classifier: Classifier, edit: AffineEdit, layer: int, states: Tensor) -> Tensor:
+        """Return the states of a layer for the batch that is running, edited."""
+        batch, n_tokens = classifier.current_batch, states.shape[1]
+        site = classifier.sites(self.neurons.component)[layer]
+        rows = classifier.rows(batch, site, n_tokens, self.scope)
+        noise = None
+        if isinstance(self, Noise) and edit.deviation.any():
+            noise = noise_for(classifier, batch, self.neurons.component, layer, n_tokens, seed=self.seed)
+        everyone = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        return edit.take(everyone)(states, rows, noise)
 
 
 @dataclass(frozen=True)
@@ -187,27 +189,41 @@ class Noise(Intervention):
 
 def check_neurons(neurons: Neurons, classifier: Classifier) -> None:
     """Refuse neurons that the classifier does not have, or that repeat."""
-    if not 0 <= neurons.layer < classifier.n_layers:
+    sites = classifier.sites(neurons.component)
+    if not 0 <= neurons.layer < len(sites):
         raise SettingsError(
-            f"Layer {neurons.layer} was asked for; the classifier has the layers 0 to {classifier.n_layers - 1}."
+            f"Layer {neurons.layer} was asked for; the classifier has the layers 0 to {len(sites) - 1} of "
+            f"{neurons.component!r}."
         )
-    outside = [unit for unit in neurons.units if not 0 <= unit < classifier.width]
+    width = sites[neurons.layer].width
+    outside = [unit for unit in neurons.units if not 0 <= unit < width]
     if outside:
         raise SettingsError(
-            f"Unit {outside[0]} was asked for; the classifier has the units 0 to {classifier.width - 1} in each layer."
+            f"Unit {outside[0]} was asked for; the classifier has the units 0 to {width - 1} in each layer of "
+            f"{neurons.component!r}."
         )
     if len(set(neurons.units)) < len(neurons.units):
         raise SettingsError("Some units are listed twice; each neuron can be edited once. Drop the repeats.")
 
 
-def noise_for(batch: Batch, layer: int, n_tokens: int, width: int, *, seed: int) -> Float[Tensor, "example token unit"]:
-    """Return standard normal noise for every row of a batch; an example's noise depends on (seed, layer, content)."""
-    draws = [
-        # Filled row by row, so the rows of an example do not depend on how far the batch was padded.
-        np.random.default_rng((seed, layer, key)).standard_normal((n_tokens, width), dtype=np.float32)
-        for key in batch.keys
-    ]
-    return torch.from_numpy(np.stack(draws))
+def noise_for(
+    classifier: Classifier, batch: Batch, component: Component, layer: int, n_tokens: int, *, seed: int
+) -> Float[Tensor, "example token unit"]:
+    """Return standard normal noise for every row of a batch that is no padding, 0 for the others.
+
+    An example's noise depends on (seed, component, layer, content) and on the row's place among its own rows, never on
+    how far, or on which side, the batch was padded.
+    """
+    site = classifier.sites(component)[layer]
+    one_row = site.layout == "example unit"
+    there = None if one_row else classifier.anatomy.rows.rows(batch.inputs, n_tokens).cpu().numpy()
+    place = (layer,) if component == "residual" else (layer, COMPONENTS.index(component))
+    draws = np.zeros((len(batch.keys), n_tokens, site.width), dtype=np.float32)
+    for example, key in enumerate(batch.keys):
+        rows = np.arange(n_tokens) if there is None else np.flatnonzero(there[example])
+        draw = np.random.default_rng((seed, *place, key)).standard_normal((len(rows), site.width), dtype=np.float32)
+        draws[example, rows] = draw
+    return torch.from_numpy(draws).to(classifier.device)
 
 
 def _one_each(values: tuple[float, ...], neurons: Neurons, what: str) -> Float[np.ndarray, "unit"]:

@@ -18,8 +18,12 @@ HEAD = "head"
 
 
 def places(classifier: Classifier) -> tuple[str, ...]:
-    """Return the names of the places whose weights can be perturbed: every block, and the head if it is linear."""
-    blocks = tuple(f"block {layer}" for layer in range(classifier.n_layers))
+    """Return the names of the places whose weights can be perturbed: every block, and the head if it is linear.
+
+    A block that is called several times is one place, named by its first call; one whose weights are quantised is none.
+    """
+    names = classifier.anatomy.blocks
+    blocks = tuple(f"block {names.index(name)}" for name in dict.fromkeys(names) if _matrices(classifier, name))
     return blocks if classifier.final is None else (*blocks, HEAD)
 
 
@@ -32,10 +36,13 @@ def weights_at(classifier: Classifier, place: str) -> dict[str, Tensor]:
     if place not in places(classifier):
         raise SettingsError(f"There are no weights at {place!r}; the places are {', '.join(places(classifier))}.")
     if place == HEAD:
-        assert classifier.final is not None
-        return {"weight": classifier.final.weight}
-    block = classifier.blocks[int(place.split()[1])]
-    return {name: weight for name, weight in block.named_parameters() if weight.ndim >= 2}
+        return {"weight": classifier.head_weight()}
+    return _matrices(classifier, classifier.anatomy.blocks[int(place.split()[1])])
+
+
+def _matrices(classifier: Classifier, block: str) -> dict[str, Tensor]:
+    weights = classifier.module.get_submodule(block).named_parameters()
+    return {name: weight for name, weight in weights if weight.ndim >= 2 and weight.is_floating_point()}
 
 
 @dataclass(frozen=True)

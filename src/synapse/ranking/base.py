@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 
 from synapse.errors import SettingsError, near
 from synapse.probe.probe import Probes
-from synapse.types import GLOBAL, Activations, Neurons
+from synapse.types import GLOBAL, Activations, Component, Neurons
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Scores of every neuron, higher is more important; ties go to the lower index.
+    """Scores of every neuron of a component, higher is more important; ties go to the lower index.
 
     `scores[l, 0]` is the global ranking of layer l, `scores[l, 1 + c]` that of class c. `source` is the fingerprint of
     the examples that it was made from: neurons chosen on a split may not be measured on it.
@@ -24,6 +24,7 @@ class Ranking:
     scores: Float[np.ndarray, "layer ranking unit"]
     labels: tuple[str, ...]
     source: str
+    component: Component = "residual"
 
     def order(self, layer: int, label: str = GLOBAL) -> Int[np.ndarray, "unit"]:
         """Return the units of a layer, most important first; `label` names a class, or is empty for all of them.
@@ -73,6 +74,7 @@ class Ranking:
                 frames.append(
                     pd.DataFrame(
                         {
+                            "component": self.component,
                             "method": self.method,
                             "layer": layer,
                             "label": label,
@@ -87,9 +89,8 @@ class Ranking:
     def _count(self, size: int | float) -> int:
         return count_of(size, self.width)
 
-    @staticmethod
-    def _neurons(layer: int, units: Int[np.ndarray, "unit"]) -> Neurons:
-        return Neurons(layer, tuple(int(unit) for unit in units))
+    def _neurons(self, layer: int, units: Int[np.ndarray, "unit"]) -> Neurons:
+        return Neurons(layer, tuple(int(unit) for unit in units), self.component)
 
 
 def count_of(size: int | float, width: int) -> int:
@@ -121,4 +122,5 @@ class RankingMethod(ABC):
 
     def rank(self, activations: Activations, probes: Probes) -> Ranking:
         """Return the ranking of all layers."""
-        return Ranking(self.name, self.scores(activations, probes), activations.labels, activations.source)
+        scores = self.scores(activations, probes)
+        return Ranking(self.name, scores, activations.labels, activations.source, activations.component)

@@ -18,7 +18,7 @@ from synapse.report.figures import SERIES, TEMPLATE, Panel, errors, level, new_f
 from synapse.report.findings import cheapest_redirect, cheapest_shift
 from synapse.report.html import write_page
 from synapse.report.run import FORMAT, Run, open_runs
-from synapse.report.words import measured, number, shortened
+from synapse.report.words import COMPONENTS, Wording, measured, number, quoted, shortened
 from synapse.types import Figure
 
 Point = dict[str, float | None]
@@ -48,6 +48,8 @@ NUMBERS: Mapping[str, str] = {
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
     """Return the path of `comparison.html` in the folder `out`, with the same numbers in `comparison.json`.
 
+    Each run is compared at the first component of its study; the page says where these differ.
+
     Raises:
         RunFolderError: a folder cannot be read as a finished run.
         SettingsError: no runs were given.
@@ -64,6 +66,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
             "runs": [
                 {
                     "name": name,
+                    "component": run.component,
                     "n_layers": run.n_layers,
                     "width": run.width,
                     "labels": list(run.labels),
@@ -80,10 +83,31 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
         "runs": named,
         "names": NUMBERS,
         "numbers": numbers,
-        "panels": [*_panels(curves), _vulnerability(numbers)],
+        "caution": different_sites(named),
+        "panels": [*_panels(curves, _shared_wording(named)), _vulnerability(numbers)],
     }
     write_page(out / "comparison.html", "comparison.html.j2", "Comparison of runs", context)
     return out / "comparison.html"
+
+
+def different_sites(runs: Sequence[tuple[str, Run]]) -> str:
+    """Return a sentence on which runs are compared at which component, empty where it is the same for all."""
+    names: dict[str, list[str]] = {}
+    for name, run in runs:
+        names.setdefault(run.component, []).append(quoted(name))
+    if len(names) == 1:
+        return ""
+    parts = [
+        f"{', '.join(found)} at {component} ({COMPONENTS.get(component, component)})"
+        for component, found in names.items()
+    ]
+    return f"The runs are compared at different sites: {'; '.join(parts)}. Their numbers do not measure the same."
+
+
+def _shared_wording(runs: Sequence[tuple[str, Run]]) -> Wording:
+    """Return the words of the component that all runs share, or the plain ones."""
+    components = {run.component for _, run in runs}
+    return Wording(components.pop()) if len(components) == 1 else Wording()
 
 
 def comparison_table(runs: Sequence[Path]) -> pd.DataFrame:
@@ -173,7 +197,11 @@ def _damage(run: Run, curve: pd.DataFrame) -> list[Point]:
     ]
 
 
-def _panels(curves: Mapping[str, Mapping[str, Sequence[Point]]]) -> list[Panel]:
+def _panels(curves: Mapping[str, Mapping[str, Sequence[Point]]], words: Wording) -> list[Panel]:
+    units = words.units_of("a block")
+    again = (
+        "the other rows make up for what was removed" if words.is_inner else "later blocks re-supply what was removed"
+    )
     depth = "relative depth"
     lost = "share of above-chance accuracy lost"
     return [
@@ -181,7 +209,7 @@ def _panels(curves: Mapping[str, Mapping[str, Sequence[Point]]]) -> list[Panel]:
             Panel(
                 "headroom-all",
                 "All rows removed, by depth",
-                "Share of each classifier's accuracy above chance that is lost when all units of a block "
+                f"Share of each classifier's accuracy above chance that is lost when all {units} "
                 "are set to zero in all rows, with 95 % intervals; depth 1 is the last block.",
             ),
             curves,
@@ -193,8 +221,8 @@ def _panels(curves: Mapping[str, Mapping[str, Sequence[Point]]]) -> list[Panel]:
             Panel(
                 "headroom-readout",
                 "Readout row removed, by depth",
-                "The same for the readout row alone: where a curve lies at zero while the one above lies "
-                "high, later blocks re-supply what was removed.",
+                "The same for the rows that the head reads alone: where a curve lies at zero while the one above lies "
+                f"high, {again}.",
             ),
             curves,
             "headroom_readout",
@@ -205,9 +233,9 @@ def _panels(curves: Mapping[str, Mapping[str, Sequence[Point]]]) -> list[Panel]:
             Panel(
                 "damage",
                 "Units removed at the last block",
-                "Share of the accuracy above chance that is lost when a share of the last block's units "
-                "is set to zero at the readout row, highest ranked first, with 95 % intervals; the axis "
-                "is stretched at both ends.",
+                "Share of the accuracy above chance that is lost when a share of the "
+                f"{words.units_of('the last block')} is set to zero at the rows that the head reads, highest ranked "
+                "first, with 95 % intervals; the axis is stretched at both ends.",
             ),
             curves,
             "damage_last",

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from synapse.report.curves import ablation_curve, few_steps
 from synapse.report.findings import reaches_zero
 from synapse.report.run import Run
-from synapse.report.words import EVERY, SCOPES, SELECTIONS, fraction, measured, number, shortened
+from synapse.report.words import EVERY, SELECTIONS, Wording, fraction, measured, number, shortened
 from synapse.types import Figure
 
 _AXIS = {
@@ -55,6 +55,7 @@ SCOPE_MARKS = {
     "readout": ("var(--readout)", "circle"),
     "readout-onward": ("var(--onward)", "square"),
     "all": ("var(--all)", "diamond"),
+    "non-padding": ("var(--non-padding)", "triangle-up"),
 }
 SERIES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 """Marker symbols: a series is told by its symbol as well as by its colour."""
@@ -101,34 +102,35 @@ class Panel:
 
 
 def panels(run: Run) -> list[Panel]:
-    """Return every panel of a run, in the order of the report."""
+    """Return every panel of a run, in the order of the report.
+
+    Changes of weights and logits are of the whole model and stand with the first component.
+    """
+    of_the_model = [redirect(run), logit_shift(run), weight_noise(run)] if run.is_first else []
     return [
         headroom(run),
         ablation(run),
         layer_by_fraction(run),
         recall_drop(run),
         overlap(run),
-        redirect(run),
-        logit_shift(run),
-        weight_noise(run),
+        *of_the_model,
         probe(run),
     ]
 
 
 def headroom(run: Run) -> Panel:
     """Return the scope control: accuracy lost with everything removed, by depth, for each scope."""
+    words = run.wording
     panel = Panel(
         "headroom",
-        "How much there is to lose at each block",
-        "Each mark is the accuracy lost when all units of that block are set to zero, with its 95 % "
-        "interval; hollow marks cannot be told from zero. Where the readout row lies at zero while all "
-        "rows lie high, ablation of the readout row alone shows re-supply by later blocks and says "
-        "nothing about redundancy.",
+        "How much there is to lose" + ("" if words.is_final else " at each block"),
+        f"Each mark is the accuracy lost when all {words.units_of('that block')} are set to zero, with its 95 % "
+        f"interval; hollow marks cannot be told from zero. {_how_scopes_differ(words)}",
         wide=520,
     )
     if not run.scopes:
         return _without(panel, "The scorecard has no headroom figures.")
-    drawn = new_figure(440, "block (relative depth below)", "accuracy lost")
+    drawn = new_figure(440, f"{words.unit_of_depth} (relative depth below)", "accuracy lost")
     rows: list[tuple[str, str, str]] = []
     for position, scope in enumerate(run.scopes):
         colour, symbol = SCOPE_MARKS[scope]
@@ -140,13 +142,13 @@ def headroom(run: Run) -> Panel:
             y=[figure.value for figure in found.values()],
             error_y=errors(found.values(), colour),
             mode="lines+markers",
-            name=SCOPES[scope],
+            name=words.scope(scope),
             line={"color": colour, "width": 2},
             marker={"color": colour, "symbol": hollow, "size": 10, "line": {"color": colour, "width": 2}},
-            text=[f"block {layer}: {measured(figure)}" for layer, figure in found.items()],
-            hovertemplate="%{text}<extra>" + SCOPES[scope] + "</extra>",
+            text=[f"{words.layer(layer)}: {measured(figure)}" for layer, figure in found.items()],
+            hovertemplate="%{text}<extra>" + words.scope(scope) + "</extra>",
         )
-        rows.extend((SCOPES[scope], f"{layer}", measured(figure, 3)) for layer, figure in found.items())
+        rows.extend((words.scope(scope), f"{layer}", measured(figure, 3)) for layer, figure in found.items())
     accuracy, chance = run.figure("clean", "accuracy"), run.figure("clean", "chance")
     if accuracy and chance and accuracy.value is not None and chance.value is not None:
         level(drawn, accuracy.value - chance.value, "down to chance")
@@ -156,16 +158,32 @@ def headroom(run: Run) -> Panel:
         ticktext=[f"{layer}<br>{number(run.depth(layer))}" for layer in range(run.n_layers)],
         range=[-0.4, run.n_layers - 0.6],
     )
-    numbers = Numbers(("scope", "block", "accuracy lost"), tuple(rows))
+    numbers = Numbers(("scope", words.unit_of_depth, "accuracy lost"), tuple(rows))
     return replace(panel, figures={(): drawn}, numbers=numbers)
+
+
+def _how_scopes_differ(words: Wording) -> str:
+    """Return what the scopes' curves say beside each other, or why there is one curve less."""
+    if words.is_final:
+        return "Nothing comes after these units, so all scopes are the same edit, which is drawn once."
+    if words.reads_every_row:
+        return "The head reads every row that is no padding: the readout rows are all rows, so they are drawn once."
+    lie = "lie" if words.reads_several_rows else "lies"
+    shows = (
+        f"the other rows make up for the loss: the curve of the {words.rows} says nothing about redundancy there."
+        if words.is_inner
+        else f"ablation of the {words.rows} alone shows re-supply by later blocks and says nothing about redundancy."
+    )
+    return f"Where the {words.rows} {lie} at zero while all rows lie high, {shows}"
 
 
 def ablation(run: Run) -> Panel:
     """Return accuracy against the share of units removed: one small plot a block."""
+    one_by_one = "" if run.wording.is_final else ", block by block"
     panel = Panel(
         "ablation",
         "What is left when units are removed",
-        "Accuracy after a share of the units is set to zero, block by block; steps on the horizontal axis "
+        f"Accuracy after a share of the units is set to zero{one_by_one}; steps on the horizontal axis "
         "are the shares that were run, dense at both ends and equally spaced. A ranking is faithful where "
         "its highest ranked units (solid) fall below random sets of the same size (dashed); bands are 95 "
         "% intervals.",
@@ -179,9 +197,9 @@ def layer_by_fraction(run: Run) -> Panel:
     panel = Panel(
         "heat",
         "Where the damage starts",
-        "Each cell is the accuracy with that share of a block's units removed, highest ranked first: read "
-        "a row from left to right to see at which size a block gives way; the stronger the colour, the "
-        "more accuracy is lost.",
+        f"Each cell is the accuracy with that share of the {run.wording.units_of('a block')} removed, highest ranked "
+        "first: read a row from left to right to see at which size it gives way; the stronger the colour, the more "
+        "accuracy is lost.",
         wide=720,
     )
     return _by_scope_and_ranking(panel, run, _accuracy_map)
@@ -198,7 +216,7 @@ def recall_drop(run: Run) -> Panel:
         wide=520,
     )
     measured_scopes = run.section("specialisation", "recall_drop")
-    scopes = [scope for scope in SCOPES if measured_scopes.get(scope)]
+    scopes = run.scopes_of("specialisation", "recall_drop")
     layers = [layer for layer in range(run.n_layers) if any(str(layer) in measured_scopes[s] for s in scopes)]
     if not scopes or not layers:
         return _without(panel, "The scorecard has no recall drops by class.")
@@ -207,8 +225,8 @@ def recall_drop(run: Run) -> Panel:
         for (i, scope), (j, layer) in product(enumerate(scopes), enumerate(layers))
     }
     choices = (
-        Choice("Scope", tuple(SCOPES[scope] for scope in scopes)),
-        Choice("Block", tuple(f"block {layer}" for layer in layers), len(layers) - 1),
+        Choice("Scope", tuple(run.wording.scope(scope) for scope in scopes)),
+        Choice("Block", tuple(run.wording.layer(layer) for layer in layers), len(layers) - 1),
     )
     return replace(panel, figures=drawn, choices=choices, most=260 + 130 * len(run.labels))
 
@@ -227,14 +245,14 @@ def overlap(run: Run) -> Panel:
         return _without(panel, "The scorecard has no overlap of class rankings.")
     if all(figure.value is None for figure in found.values()):
         return _without(panel, f"There is nothing to compare: {next(iter(found.values())).note}.")
-    drawn = new_figure(340, "block", "Jaccard overlap")
-    _line(drawn, found, "top tenths of two classes", "var(--top)", "circle")
+    drawn = new_figure(340, run.wording.unit_of_depth, "Jaccard overlap")
+    _line(drawn, run, found, "top tenths of two classes", "var(--top)", "circle")
     chance = _by_layer(run, "specialisation", "overlap_chance")
     if chance:
-        _line(drawn, chance, "random sets", "var(--random)", "square", dash="dash")
+        _line(drawn, run, chance, "random sets", "var(--random)", "square", dash="dash")
     _block_axis(drawn, run)
     drawn.update_yaxes(rangemode="tozero")
-    return replace(panel, figures={(): drawn}, numbers=_numbers({"overlap": found, "chance": chance}))
+    return replace(panel, figures={(): drawn}, numbers=_numbers(run, {"overlap": found, "chance": chance}))
 
 
 def redirect(run: Run) -> Panel:
@@ -319,12 +337,13 @@ def weight_noise(run: Run) -> Panel:
 
 def probe(run: Run) -> Panel:
     """Return what a linear probe reads at each block, its control, and the difference."""
+    words = run.wording
     panel = Panel(
         "probe",
-        "What can be read at each block",
-        "Accuracy of a linear probe on the readout row, of the same probe on control labels, and their "
+        "What can be read" + (" there" if words.is_final else " at each block"),
+        f"Accuracy of a linear probe on {words.state}, of the same probe on control labels, and their "
         "difference (selectivity), with 95 % intervals. A probe shows what can be read, not what the "
-        "model uses: compare with the headroom of the same block." + _convergence(run),
+        f"model uses: compare with the headroom of the same {words.unit_of_depth}." + _convergence(run),
         wide=480,
     )
     lines = {
@@ -335,9 +354,9 @@ def probe(run: Run) -> Panel:
     found = {measure: _by_layer(run, "probe", measure) for measure in lines}
     if not found["accuracy"]:
         return _without(panel, "The scorecard has no probes.")
-    drawn = new_figure(400, "block", "share of test examples")
+    drawn = new_figure(400, words.unit_of_depth, "share of test examples")
     for measure, (name, colour, symbol, dash) in lines.items():
-        _line(drawn, found[measure], name, colour, symbol, dash=dash)
+        _line(drawn, run, found[measure], name, colour, symbol, dash=dash)
     accuracy = run.figure("clean", "accuracy")
     if accuracy is not None and accuracy.value is not None:
         level(drawn, accuracy.value, "the classifier itself")
@@ -345,7 +364,7 @@ def probe(run: Run) -> Panel:
     drawn.update_yaxes(rangemode="tozero")
     numbers = {lines[measure][0]: figures for measure, figures in found.items()}
     numbers["macro-F1 of the probe"] = _by_layer(run, "probe", "macro_f1")
-    return replace(panel, figures={(): drawn}, numbers=_numbers(numbers))
+    return replace(panel, figures={(): drawn}, numbers=_numbers(run, numbers))
 
 
 def _convergence(run: Run) -> str:
@@ -365,7 +384,7 @@ def _small_multiples(run: Run, scope: str, method: str) -> go.Figure:
         columns,
         shared_xaxes="all",
         shared_yaxes="all",
-        subplot_titles=[f"block {layer}" for layer in range(run.n_layers)],
+        subplot_titles=[run.wording.layer(layer) for layer in range(run.n_layers)],
         horizontal_spacing=0.03,
         vertical_spacing=0.2 / rows,
     )
@@ -449,7 +468,7 @@ def _accuracy_map(run: Run, scope: str, method: str) -> go.Figure:
         values.append([at.get(share) for share in steps])
     known = [value for row in values for value in row if value is not None]
     lowest, highest = (min(known), max(known)) if known else (0.0, 1.0)
-    drawn = new_figure(110 + 34 * run.n_layers, "units removed, highest ranked first", "block")
+    drawn = new_figure(110 + 34 * run.n_layers, "units removed, highest ranked first", run.wording.unit_of_depth)
     drawn.add_heatmap(
         x=list(range(len(steps))),
         y=list(range(run.n_layers)),
@@ -460,7 +479,7 @@ def _accuracy_map(run: Run, scope: str, method: str) -> go.Figure:
         text=[[number(value) for value in row] for row in values],
         texttemplate="%{text}",
         textfont={"size": 11},
-        hovertemplate="block %{y}, %{x}: %{text}<extra></extra>",
+        hovertemplate=f"{run.wording.unit_of_depth} %{{y}}, %{{x}}: %{{text}}<extra></extra>",
         xgap=1,
         ygap=1,
         colorbar=_colour_bar("accuracy"),
@@ -569,18 +588,24 @@ def _without(panel: Panel, why: str) -> Panel:
 
 def _by_scope_and_ranking(panel: Panel, run: Run, draw: Callable[[Run, str, str], go.Figure]) -> Panel:
     """Return the panel with one figure for each scope and ranking that were swept, and selectors for both."""
-    methods = run.swept_methods
-    swept = [scope for scope in SCOPES if scope in set(run.sweep["scope"])]
+    methods, swept = run.swept_methods, run.swept_scopes
     if not methods or not swept:
         return _without(panel, "The run folder has no sweep table with ranked units.")
     choices = (
-        Choice("Scope", tuple(SCOPES[scope] for scope in swept), len(swept) - 1),  # all rows: true curves
+        Choice("Scope", tuple(run.wording.scope(scope) for scope in swept), _true_curves(run, swept)),
         Choice("Ranking", methods, methods.index(run.method)),
     )
     figures: dict[tuple[int, ...], go.Figure] = {
         (i, j): draw(run, scope, method) for (i, scope), (j, method) in product(enumerate(swept), enumerate(methods))
     }
     return replace(panel, figures=figures, choices=choices)
+
+
+def _true_curves(run: Run, swept: Sequence[str]) -> int:
+    """Return the position of the scope to show first: all rows, where nothing can be re-supplied."""
+    if run.wording.is_final or run.wording.reads_every_row:
+        return 0
+    return swept.index("all") if "all" in swept else len(swept) - 1
 
 
 def _by_layer(run: Run, *keys: str) -> dict[int, Figure]:
@@ -606,7 +631,7 @@ def _spread(low: float, high: float) -> str:
     return "" if low != low else f" [{number(low)}, {number(high)}]"
 
 
-def _numbers(columns: Mapping[str, Mapping[int, Figure]]) -> Numbers:
+def _numbers(run: Run, columns: Mapping[str, Mapping[int, Figure]]) -> Numbers:
     layers = sorted({layer for figures in columns.values() for layer in figures})
     rows = tuple(
         (
@@ -615,7 +640,7 @@ def _numbers(columns: Mapping[str, Mapping[int, Figure]]) -> Numbers:
         )
         for layer in layers
     )
-    return Numbers(("block", *columns), rows)
+    return Numbers((run.wording.unit_of_depth, *columns), rows)
 
 
 def new_figure(height: int, x: str, y: str) -> go.Figure:
@@ -641,7 +666,13 @@ def errors(figures: Iterable[Figure], colour: str) -> dict[str, Any]:
 
 
 def _line(
-    drawn: go.Figure, found: Mapping[int, Figure], name: str, colour: str, symbol: str, dash: str = "solid"
+    drawn: go.Figure,
+    run: Run,
+    found: Mapping[int, Figure],
+    name: str,
+    colour: str,
+    symbol: str,
+    dash: str = "solid",
 ) -> None:
     if not found:
         return
@@ -653,7 +684,7 @@ def _line(
         name=name,
         line={"color": colour, "width": 2, "dash": dash},
         marker={"color": colour, "symbol": symbol, "size": 8},
-        text=[f"block {layer}: {measured(figure)}" for layer, figure in found.items()],
+        text=[f"{run.wording.layer(layer)}: {measured(figure)}" for layer, figure in found.items()],
         hovertemplate="%{text}<extra>" + name + "</extra>",
     )
 

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synapse.report.run import Run, open_run
-from synapse.report.words import PLACES, blocks, fraction, interval, measured, number, quoted, share_interval
+from synapse.report.words import (
+    Wording,
+    blocks,
+    fraction,
+    interval,
+    measured,
+    number,
+    quoted,
+    sentence,
+    share_interval,
+)
 from synapse.types import Figure
 
 LARGE = 0.10
@@ -23,21 +33,23 @@ class KeyNumber:
     meaning: str
 
 
-def summary_lines(run: Path) -> list[str]:
+def summary_lines(run: Path, component: str | None = None) -> list[str]:
     """Return about five sentences on a run folder: accuracy, scopes, concentration, classes, redirection.
 
-    A sentence is left out where its numbers were not measured.
+    They are about one component, the first of the study unless one is named; redirection is of the whole model and
+    stands with the first. A sentence is left out where its numbers were not measured.
 
     Raises:
         RunFolderError: the folder cannot be read as a finished run.
+        SettingsError: a component that was not studied.
     """
-    return sentences(open_run(run))
+    return sentences(open_run(run, component))
 
 
 def sentences(run: Run) -> list[str]:
     """Return the sentences of `summary_lines` for an open run."""
-    made = (_accuracy(run), _scopes(run), _concentration(run), _classes(run), _redirection(run))
-    return [sentence for sentence in made if sentence]
+    made = (_accuracy(run), _scopes(run), _concentration(run), _classes(run), _redirection(run) if run.is_first else "")
+    return [text for text in made if text]
 
 
 def reaches_zero(figure: Figure) -> bool:
@@ -49,12 +61,14 @@ def resupplied(run: Run) -> list[int]:
     """Return the blocks where ablation of the readout row shows re-supply rather than redundancy.
 
     These are the blocks where losing the whole readout row costs nothing that can be told from zero, while
-    losing all rows costs at least `LARGE`: later blocks read the answer again from the other rows.
+    losing all rows costs at least `LARGE`: later blocks read the answer again from the other rows. There are none where
+    the head reads every row.
     """
     return [
         layer
         for layer, row in _headroom(run, "readout").items()
-        if reaches_zero(row)
+        if not run.wording.reads_every_row
+        and reaches_zero(row)
         and (rows := run.figure("stability", "headroom", "all", layer)) is not None
         and not reaches_zero(rows)
         and (rows.value or 0) >= LARGE
@@ -113,17 +127,19 @@ def _key_numbers(run: Run) -> Iterator[KeyNumber]:
     chance = run.figure("clean", "chance")
     beside = f"; always the most frequent class: {number(chance.value)}" if chance else ""
     yield from shown("Accuracy", run.figure("clean", "accuracy"), f"of the unedited classifier{beside}")
-    yield from shown(
-        "Commitment depth",
-        run.figure("stability", "commitment_depth"),
-        "from here on the readout row cannot be lost without cost",
-    )
+    words = run.wording
+    if not words.is_final:
+        yield from shown(
+            "Commitment depth",
+            run.figure("stability", "commitment_depth"),
+            f"from here on {words.lost('readout')} cannot be lost without cost",
+        )
     if place := judged_place(run, "redundancy", "removable"):
         scope, layer, figure = place
         yield from shown(
             "Removable share",
             figure,
-            f"of the units, highest ranked first, before 1 % of the accuracy is lost ({_place(scope, layer)}"
+            f"of the units, highest ranked first, before 1 % of the accuracy is lost ({words.place(scope, layer)}"
             + (f"; {figure.note})" if figure.note else ")"),
             share=True,
         )
@@ -132,8 +148,10 @@ def _key_numbers(run: Run) -> Iterator[KeyNumber]:
         yield from shown(
             "Specificity",
             figure,
-            f"recall that a class loses with its own units, beyond what the others lose ({_place(scope, layer)})",
+            f"recall that a class loses with its own units, beyond what the others lose ({words.place(scope, layer)})",
         )
+    if not run.is_first:
+        return  # what follows is of the whole model
     if redirect := cheapest_redirect(run):
         source, target, figure = redirect
         meaning = f"‖ΔW‖ / ‖W‖ of the head that turns half of {quoted(source)} into {quoted(target)}"
@@ -153,29 +171,39 @@ def _accuracy(run: Run) -> str:
     accuracy = run.figure("clean", "accuracy")
     if accuracy is None or accuracy.value is None:
         return ""
-    sentence = f"The unedited classifier has an accuracy of {measured(accuracy)}"
+    text = f"The unedited classifier has an accuracy of {measured(accuracy)}"
     chance = run.figure("clean", "chance")
     if chance is not None and chance.value is not None:
-        sentence += f", where always naming the most frequent class gets {number(chance.value)}"
+        text += f", where always naming the most frequent class gets {number(chance.value)}"
     recalls = [(label, run.figure("clean", "recall", label)) for label in run.labels]
     known = [(label, recall) for label, recall in recalls if recall is not None and recall.value is not None]
     if known:
         label, recall = min(known, key=lambda pair: pair[1].value or 0.0)
-        sentence += f"; its weakest class is {quoted(label)} with a recall of {measured(recall)}"
-    return sentence + "."
+        text += f"; its weakest class is {quoted(label)} with a recall of {measured(recall)}"
+    return text + "."
 
 
 def _scopes(run: Run) -> str:
     """Return what the scope control says: re-supply, use, or nothing that could be told apart."""
+    words = run.wording
     row, rows = _headroom(run, "readout"), _headroom(run, "all")
+    if words.reads_every_row:
+        row = row or rows
     if not row:
         return ""
+    if words.is_final:
+        return (
+            "Nothing comes after the input of the final linear map that could re-supply what is lost there, so all "
+            "scopes are the same."
+        )
     silent = [layer for layer, figure in row.items() if reaches_zero(figure)]
+    if words.is_inner or words.reads_several_rows:
+        return _scopes_of_several(run, row, rows, silent)
     if again := resupplied(run):
         most = max(again, key=lambda layer: row[layer].value or 0.0)
         least = min(again, key=lambda layer: rows[layer].value or 0.0)
         return (
-            f"At {blocks(again)} ablation of the readout row{_name_of_row(run)} alone shows re-supply, not "
+            f"At {blocks(again)} ablation of the readout row{words.which} alone shows re-supply, not "
             "redundancy: losing the whole row costs no accuracy that can be told from zero (at most "
             f"{measured(row[most])}), while losing all rows costs at least {measured(rows[least])}, "
             "because later blocks read the answer again from the other tokens."
@@ -197,8 +225,32 @@ def _scopes(run: Run) -> str:
     )
 
 
-def _name_of_row(run: Run) -> str:
-    return " ([CLS])" if run.manifest.get("model", {}).get("readout") == "first" else ""
+def _scopes_of_several(run: Run, row: dict[int, Figure], rows: dict[int, Figure], silent: list[int]) -> str:
+    """Return the same sentence where units inside a block are lost, or where the head reads several rows."""
+    words = run.wording
+    lost, everywhere = words.lost("readout") + words.which, words.lost("all")
+    if not silent:
+        least = min(row, key=lambda layer: row[layer].value or 0.0)
+        return f"Every block counts: losing {lost} costs at least {measured(row[least])} ({words.layer(least)})."
+    nothing = f"At {blocks(silent)} losing {lost} costs no accuracy that can be told from zero"
+    if words.reads_every_row:
+        most = max(silent, key=lambda layer: row[layer].value or 0.0)
+        return f"{nothing} (at most {measured(row[most])}); all rows are lost at once, so this is no re-supply."
+    if again := resupplied(run):
+        most = max(again, key=lambda layer: row[layer].value or 0.0)
+        least = min(again, key=lambda layer: rows[layer].value or 0.0)
+        why = "the other rows make up for it" if words.is_inner else "later blocks read it again from the other rows"
+        return (
+            f"At {blocks(again)} losing {lost} costs no accuracy that can be told from zero (at most "
+            f"{measured(row[most])}), while losing {everywhere} costs at least {measured(rows[least])}: {why}, so the "
+            "first loss alone says nothing about redundancy."
+        )
+    if not rows:
+        return f"{nothing}; no scope with all rows was run, so the other rows may make up for it."
+    return (
+        f"{nothing}, and losing {everywhere} costs no more than {number(LARGE)} beyond doubt, so it is open whether "
+        "anything is used there."
+    )
 
 
 def _concentration(run: Run) -> str:
@@ -208,9 +260,11 @@ def _concentration(run: Run) -> str:
         return ""
     scope, layer, headroom = place
     depth = run.figure("stability", "commitment_depth")
-    sentence = f"losing the {_place(scope, layer)} costs {measured(headroom)}"
-    if depth is not None and depth.value is not None:
-        sentence = f"from relative depth {number(depth.value)} on the readout row carries the decision: {sentence}"
+    words = run.wording
+    text = f"losing {words.lost(scope, layer)} costs {measured(headroom)}"
+    if depth is not None and depth.value is not None and not words.is_final:
+        carries = "cannot be lost without cost" if words.is_inner else f"carr{_y(words)} the decision"
+        text = f"from relative depth {number(depth.value)} on {words.lost('readout')} {carries}: {text}"
     parts = []
     removable = run.figure("redundancy", "removable", scope, layer)
     if removable is not None and removable.value is not None:
@@ -226,7 +280,7 @@ def _concentration(run: Run) -> str:
         else:
             verdict = "the ranking cannot be told from a random order"
         parts.append(f"{verdict} (difference {measured(order)}, of that loss, averaged over the sizes)")
-    return _sentence("; ".join([sentence, *parts]))
+    return sentence("; ".join([text, *parts]))
 
 
 def _classes(run: Run) -> str:
@@ -236,7 +290,7 @@ def _classes(run: Run) -> str:
         scope, layer, figure = place
         parts.append(
             f"removing the units that rank highest for a class ({figure.note or 'half of the width'}, "
-            f"{_place(scope, layer)}) "
+            f"{run.wording.place(scope, layer)}) "
             + ("costs" if not reaches_zero(figure) else "does not beyond doubt cost")
             + f" that class more recall than it costs the others (by {measured(figure)})"
         )
@@ -249,14 +303,15 @@ def _classes(run: Run) -> str:
             parts.append(f"{quoted(label)} loses most of its own, {measured(drop)}")
     overlap, chance = (_last(run, "specialisation", name) for name in ("overlap", "overlap_chance"))
     if overlap is not None and chance is not None:
+        where = "there" if run.wording.is_final else f"in block {overlap[0]}"
         parts.append(
-            f"in block {overlap[0]} the top tenths of two classes overlap by {number(overlap[1].value)}, "
+            f"{where} the top tenths of two classes overlap by {number(overlap[1].value)}, "
             "where random "
             f"sets overlap by {number(chance[1].value)} {interval(chance[1])}".rstrip()
         )
     elif (last := run.figure("specialisation", "overlap", run.last)) is not None and last.note and not parts:
         parts.append(f"whether classes have units of their own cannot be said: {last.note}")
-    return _sentence("; ".join(parts))
+    return sentence("; ".join(parts))
 
 
 def _redirection(run: Run) -> str:
@@ -280,7 +335,7 @@ def _redirection(run: Run) -> str:
             f"the smallest shift of the logits that turns half of the rest into {quoted(target)} is "
             f"{measured(figure, unit='logits')}"
         )
-    return _sentence("; ".join(parts))
+    return sentence("; ".join(parts))
 
 
 def _last(run: Run, *keys: str) -> tuple[int, Figure] | None:
@@ -292,9 +347,6 @@ def _last(run: Run, *keys: str) -> tuple[int, Figure] | None:
     return None
 
 
-def _place(scope: str, layer: int) -> str:
-    return f"{PLACES[scope]} at block {layer}"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}." if text else ""
+def _y(words: Wording) -> str:
+    """Return the end of `carry`: rows carry, a row carries."""
+    return "y" if words.reads_several_rows else "ies"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -15,10 +16,24 @@ from plotly.offline import get_plotlyjs
 from synapse.report import figures
 from synapse.report.findings import key_numbers, sentences
 from synapse.report.run import Run, open_run
-from synapse.report.words import EVERY, interval, number
+from synapse.report.words import COMPONENTS, EVERY, few, interval, number, sentence
 
 TOP = 10
 """Units shown of each ranking."""
+
+_AT_INPUTS = ("mlp", "heads", "pooler")
+"""Components that are inputs of the modules named in the manifest; others are outputs."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One of the pages of a run."""
+
+    component: str
+    meaning: str
+    """What the component is, in plain words."""
+    href: str
+    is_here: bool
 
 
 @dataclass(frozen=True)
@@ -35,27 +50,66 @@ class TopUnits:
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Return the path of the report written for a run folder, `report.html` in it unless told otherwise.
 
-    The file holds everything it shows, the plotting library included, and asks the network for nothing.
+    That page is of the study's first component; each further one has a page beside it, `report-mlp.html`, and the pages
+    link to each other. A file holds everything it shows, the plotting library included, and asks the network for
+    nothing.
 
     Raises:
         RunFolderError: the folder cannot be read as a finished run.
     """
     opened = open_run(run)
     path = Path(out) if out is not None else opened.path / "report.html"
-    context = {
-        "run": opened,
-        "manifest": opened.manifest,
-        "sentences": sentences(opened),
-        "key_numbers": key_numbers(opened),
-        "panels": figures.panels(opened),
-        "top_units": top_units(opened),
-        "settings": _rows(opened.manifest.get("settings", {})),
-        "versions": _rows(opened.manifest.get("versions", {})),
-        "proofs": _rows(_part(opened.manifest, "model").get("proofs", {})),
-        "timings": {k: v for k, v in _part(opened.manifest, "timings").items() if isinstance(v, int | float)},
-    }
-    write_page(path, "report.html.j2", opened.title, context)
+    for component in opened.components:
+        here = open_run(run, component)
+        title = here.title if here.is_first else f"{here.title} · {component}"
+        write_page(_page_of(path, here, component), "report.html.j2", title, _context(here, path))
     return path
+
+
+def _page_of(path: Path, run: Run, component: str) -> Path:
+    """Return where the page of a component stands, `path` being that of the first one."""
+    return path if component == run.components[0] else path.with_name(f"{path.stem}-{component}{path.suffix}")
+
+
+def _context(run: Run, path: Path) -> dict[str, Any]:
+    manifest = run.manifest
+    return {
+        "run": run,
+        "wording": run.wording,
+        "pages": [
+            Link(name, COMPONENTS.get(name, ""), quote(_page_of(path, run, name).name), name == run.component)
+            for name in run.components
+        ],
+        "manifest": manifest,
+        "sentences": sentences(run),
+        "key_numbers": key_numbers(run),
+        "panels": figures.panels(run),
+        "top_units": top_units(run),
+        "as_run": _as_run(run),
+        "sites": _sites(run),
+        "settings": _rows(manifest.get("settings", {})),
+        "versions": _rows(manifest.get("versions", {})),
+        "proofs": _rows(run.model.get("proofs", {})),
+        "timings": {k: v for k, v in _part(manifest, "timings").items() if isinstance(v, int | float)},
+    }
+
+
+def _as_run(run: Run) -> list[str]:
+    """Return sentences about what was done to the model, and to examples of unequal length, to run it."""
+    notes = [sentence(str(note)) for note in run.model.get("notes", ())]
+    if run.model.get("pads") is False:
+        notes.append("Examples of unequal length never share a batch, because padding would move the logits.")
+    return notes
+
+
+def _sites(run: Run) -> list[tuple[str, str, str]]:
+    """Return the sites of the model: component, what it is, and its modules; or why there are none."""
+    found, missing = _part(run.model, "sites"), _part(run.model, "missing")
+    rows = [
+        (str(name), "input of" if name in _AT_INPUTS else "output of", few([str(module) for module in modules]))
+        for name, modules in found.items()
+    ]
+    return rows + [(str(name), f"not found: {why}", "") for name, why in missing.items()]
 
 
 def top_units(run: Run) -> list[TopUnits]:

@@ -13,7 +13,7 @@ from synapse.errors import SettingsError, near
 from synapse.report.curves import ablation_curve, few_steps
 from synapse.report.findings import reaches_zero
 from synapse.report.run import Run, open_run
-from synapse.report.words import SCOPES, SELECTIONS, shortened
+from synapse.report.words import SELECTIONS, shortened
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -36,6 +36,7 @@ SCOPE_LINES = {
     "readout": ("#0072b2", "o"),
     "readout-onward": ("#b8790a", "s"),
     "all": ("#c0417f", "D"),
+    "non-padding": ("#00865f", "^"),
 }
 
 
@@ -45,7 +46,8 @@ def paper_figures(
     """Return the paths of `headroom` and `ablation-curves`, drawn into the folder `out` in each format.
 
     `layers` are the blocks whose ablation curves are drawn: the first, the middle and the last unless given.
-    A figure whose numbers are missing is left out.
+    The figures of a study's further components have the component's name behind theirs: `headroom-mlp`; where one
+    has none of the given blocks, its last layer is drawn. A figure whose numbers are missing is left out.
 
     Raises:
         RunFolderError: the folder cannot be read as a finished run.
@@ -59,13 +61,17 @@ def paper_figures(
                 f"Figures cannot be written as {wanted!r}; choose among {', '.join(sorted(known))}."
                 + near(wanted, known)
             )
-    if layers is None:
-        layers = sorted({0, (opened.n_layers - 1) // 2, opened.last})
-    for layer in layers:
-        if not 0 <= layer < opened.n_layers:
-            raise SettingsError(f"There is no block {layer}: the run has blocks 0 to {opened.last}.")
+    runs = [open_run(run, component) for component in opened.components]
+    last = max(each.last for each in runs)
+    for layer in layers or ():
+        if not 0 <= layer <= last:
+            raise SettingsError(f"There is no block {layer}: the run has blocks 0 to {last}.")
     with mpl.rc_context(STYLE):
-        drawings = {"headroom": _headroom(opened), "ablation-curves": _ablation_curves(opened, layers)}
+        drawings = {}
+        for each in runs:
+            suffix = "" if each.is_first else f"-{each.component}"
+            drawings[f"headroom{suffix}"] = _headroom(each)
+            drawings[f"ablation-curves{suffix}"] = _ablation_curves(each, _chosen(each, layers))
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         paths = []
@@ -77,6 +83,13 @@ def paper_figures(
                 drawing.savefig(path, dpi=200, facecolor="white", bbox_inches="tight", metadata=undated)
                 paths.append(path)
     return paths
+
+
+def _chosen(run: Run, layers: Sequence[int] | None) -> list[int]:
+    """Return the layers of a component to draw."""
+    if layers is None:
+        return sorted({0, (run.n_layers - 1) // 2, run.last})
+    return [layer for layer in layers if layer <= run.last] or [run.last]
 
 
 def _headroom(run: Run) -> Drawing | None:
@@ -111,17 +124,19 @@ def _headroom(run: Run) -> Drawing | None:
                 zorder=3,
             )
         axes.plot(places, values, color=colour, linewidth=1.5)
-        axes.plot([], [], color=colour, marker=marker, label=SCOPES[scope])  # the legend's entry alone
+        axes.plot([], [], color=colour, marker=marker, label=run.wording.scope(scope))  # the legend's entry alone
     axes.set_xticks(range(run.n_layers), [f"{layer}\n{run.depth(layer):.2f}" for layer in range(run.n_layers)])
-    axes.set_xlabel("block (relative depth below)")
+    axes.set_xlabel(f"{run.wording.unit_of_depth} (relative depth below)")
     axes.set_ylabel("accuracy lost, all units removed")
+    if not run.is_first:
+        axes.set_title(run.wording.site)
     drawing.legend(loc="outside upper center", ncols=len(run.scopes), fontsize=8.5)
     return drawing
 
 
 def _ablation_curves(run: Run, layers: Sequence[int]) -> Drawing | None:
     """Return accuracy against the share removed: a row for each scope, a column for each block."""
-    scopes = [scope for scope in SCOPES if scope in set(run.sweep["scope"])]
+    scopes = run.swept_scopes
     curves = {
         (scope, layer, selection): ablation_curve(run, layer=layer, scope=scope, selection=selection, method=run.method)
         for scope in scopes
@@ -148,15 +163,16 @@ def _ablation_curves(run: Run, layers: Sequence[int]) -> Drawing | None:
                 axes.plot(x, curve["accuracy"], dash, color=colour, linewidth=1.6, label=SELECTIONS[selection])
             axes.grid(axis="y")
             if row == 0:
-                axes.set_title(f"block {layer}")
+                axes.set_title(run.wording.layer(layer))
             if column == 0:
-                axes.set_ylabel(SCOPES[scope].replace(", ", ",\n") + "\n\naccuracy")
+                axes.set_ylabel(run.wording.scope(scope).replace(", ", ",\n") + "\n\naccuracy")
     shown = few_steps(steps)
     grid[0][0].set_xticks(shown, [f"{100 * steps[i]:.0f}%" for i in shown])
     grid[0][0].set_ylim(0, 1.03)
     for axes in grid[-1]:
         axes.set_xlabel("units removed (equally spaced steps)")
-    drawing.suptitle(shortened(run.title, 80), fontsize=10)
+    site = "" if run.is_first else f"\n{run.wording.site}"
+    drawing.suptitle(shortened(run.title, 80) + site, fontsize=10)
     handles, names = grid[0][0].get_legend_handles_labels()
     drawing.legend(handles, names, loc="outside lower center", ncols=len(names))
     return drawing

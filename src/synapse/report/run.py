@@ -1,4 +1,4 @@
-"""A run folder, read: `open_run(path) -> Run`."""
+"""A run folder, read: `open_run(path, component) -> Run`."""
 
 import json
 import math
@@ -12,16 +12,23 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from synapse.errors import RunFolderError
+from synapse.errors import RunFolderError, SettingsError, near
+from synapse.report.words import Wording
 from synapse.types import CELL_COLUMNS, SCOPES, Figure
 
 FORMAT = 1
 """The format of manifest and scorecard that is read here."""
 
+OF_THE_MODEL = ("format", "clean", "vulnerability")
+"""Sections of the scorecard that are of the whole model, whatever the component."""
+
+_RESIDUAL = "residual"
+"""The component of run folders that name none: they were written when there was no other."""
+
 _INTERVAL = ("value", "low", "high", "n")
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "probe": ("layer", "depth", "measure", *_INTERVAL, "unit"),
-    "ranking": ("method", "layer", "label", "rank", "unit", "score"),
+    "probe": ("component", "layer", "depth", "measure", *_INTERVAL, "unit"),
+    "ranking": ("component", "method", "layer", "label", "rank", "unit", "score"),
     "sweep": (*CELL_COLUMNS, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
     "attack": (
         "attack",
@@ -39,7 +46,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one study left behind. Tables are read when first asked for; a missing one is an empty frame."""
+    """What one study left behind about one component of the model.
+
+    Tables are read when first asked for and hold the rows of the component; a missing one is an empty frame.
+    """
 
     path: Path
     """The run folder."""
@@ -47,6 +57,36 @@ class Run:
     """What was run: settings, model, data, versions, timings."""
     scorecard: Mapping[str, Any]
     """The measured figures, by section."""
+    component: str = _RESIDUAL
+    """The component that tables and figures are of."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components of the study, in its order."""
+        return _components(self.manifest)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the component is the first of the study."""
+        return self.component == self.components[0]
+
+    @property
+    def wording(self) -> Wording:
+        """What the component and the rows that the head reads are called."""
+        readout = self.model.get("readout")
+        return Wording(self.component, readout if isinstance(readout, str) else "")
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What the manifest says of the model, empty where it says nothing."""
+        model = self.manifest.get("model")
+        return model if isinstance(model, Mapping) else {}
+
+    @property
+    def n_heads(self) -> int | None:
+        """Number of attention heads of a block, None where they were not told apart."""
+        heads = self.model.get("n_heads")
+        return heads if isinstance(heads, int) else None
 
     @property
     def title(self) -> str:
@@ -60,24 +100,42 @@ class Run:
 
     @property
     def n_layers(self) -> int:
-        """Number of blocks."""
-        return int(self.manifest["n_layers"])
+        """Number of layers of the component."""
+        return int(self._shape["n_layers"])
 
     @property
     def width(self) -> int:
-        """Number of units of a block's output."""
-        return int(self.manifest["width"])
+        """Number of units of the component in a layer."""
+        return int(self._shape["width"])
+
+    @property
+    def _shape(self) -> Mapping[str, Any]:
+        shape: Mapping[str, Any] = self.manifest.get("components", {}).get(self.component, self.manifest)
+        return shape
 
     @property
     def last(self) -> int:
-        """Index of the last block."""
+        """Index of the last layer."""
         return self.n_layers - 1
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The scopes that have headroom figures, in the order of `synapse.types.SCOPES`."""
-        measured = self.section("stability", "headroom")
-        return tuple(scope for scope in SCOPES if measured.get(scope))
+        """The scopes that have headroom figures, in the order of `synapse.types.SCOPES`.
+
+        Of scopes that come to the same edit, the first stands for all: see `Wording.distinct`.
+        """
+        return self.scopes_of("stability", "headroom")
+
+    def scopes_of(self, *keys: str) -> tuple[str, ...]:
+        """Return the scopes that have figures under these keys of the scorecard, in the same way."""
+        measured = self.section(*keys)
+        return self.wording.distinct(scope for scope in SCOPES if measured.get(scope))
+
+    @property
+    def swept_scopes(self) -> tuple[str, ...]:
+        """The scopes in the sweep table, in the same way."""
+        swept = set(self.sweep["scope"])
+        return self.wording.distinct(scope for scope in SCOPES if scope in swept)
 
     @property
     def method(self) -> str:
@@ -97,8 +155,13 @@ class Run:
         return (layer + 1) / self.n_layers
 
     def section(self, *keys: str | int) -> Mapping[str, Any]:
-        """Return the part of the scorecard under these keys, empty where it is missing."""
+        """Return the part of the scorecard under these keys, empty where it is missing.
+
+        What is of the whole model, `OF_THE_MODEL`, is the same for every component.
+        """
         part: Any = self.scorecard
+        if not self.is_first and not (keys and keys[0] in OF_THE_MODEL):
+            keys = ("components", self.component, *keys)
         for key in keys:
             part = part.get(str(key)) if isinstance(part, Mapping) else None
         return part if isinstance(part, Mapping) else {}
@@ -115,17 +178,17 @@ class Run:
     @cached_property
     def probe(self) -> pd.DataFrame:
         """One row per layer and measure of the probes."""
-        return self._table("probe")
+        return self._of_component("probe")
 
     @cached_property
     def ranking(self) -> pd.DataFrame:
         """One row per method, layer, label and rank."""
-        return self._table("ranking")
+        return self._of_component("ranking")
 
     @cached_property
     def sweep(self) -> pd.DataFrame:
         """One row per cell of the sweep."""
-        return self._table("sweep")
+        return self._of_component("sweep")
 
     @cached_property
     def zeroed(self) -> Mapping[tuple[int, str], pd.DataFrame]:
@@ -154,6 +217,10 @@ class Run:
         two = np.sort(clean, axis=1)[:, -2:]  # (example, 2): second, highest
         return float(np.median(two[:, 1] - two[:, 0]))
 
+    def _of_component(self, name: str) -> pd.DataFrame:
+        table = self._table(name)
+        return table[table["component"] == self.component].reset_index(drop=True)
+
     def _table(self, name: str) -> pd.DataFrame:
         path, expected = self.path / "tables" / f"{name}.parquet", _COLUMNS[name]
         if not path.is_file():
@@ -164,6 +231,8 @@ class Run:
             raise RunFolderError(f"{path} is no parquet file ({error}). Run the study again.") from error
         if table.empty:  # nothing was measured; such a table may have no columns either
             return pd.DataFrame({column: [] for column in expected})
+        if "component" in expected and "component" not in table and "components" not in self.manifest:
+            table.insert(0, "component", _RESIDUAL)
         if missing := [column for column in expected if column not in table]:
             raise RunFolderError(
                 f"{path} has no column {', '.join(map(repr, missing))}; this version of SYNAPSE writes "
@@ -172,11 +241,12 @@ class Run:
         return table
 
 
-def open_run(path: Path) -> Run:
-    """Return the run in a folder.
+def open_run(path: Path, component: str | None = None) -> Run:
+    """Return the run in a folder, as far as it is about one component: the first of the study unless one is named.
 
     Raises:
         RunFolderError: no folder, no manifest or scorecard in it, an unfinished study, or another format.
+        SettingsError: a component that was not studied.
     """
     path = Path(path)
     if not path.is_dir():
@@ -190,11 +260,25 @@ def open_run(path: Path) -> Run:
     scorecard = _read(path / "scorecard.json")
     if missing := [key for key in ("labels", "n_layers", "width") if key not in manifest]:
         raise RunFolderError(f"{path / 'manifest.json'} has no {' and no '.join(missing)}. Run the study again.")
-    return Run(path, manifest, scorecard)
+    components = _components(manifest)
+    for name, shape in manifest.get("components", {}).items():
+        if not {"n_layers", "width"} <= set(shape):
+            raise RunFolderError(
+                f"{path / 'manifest.json'} does not say how many layers and units {name!r} has. Run the study again."
+            )
+    if component is not None and component not in components:
+        raise SettingsError(
+            f"The run in {path} has no component {component!r}; it has {', '.join(components)}."
+            + near(component, components)
+        )
+    return Run(path, manifest, scorecard, components[0] if component is None else component)
 
 
 def open_runs(paths: Sequence[Path]) -> list[tuple[str, Run]]:
-    """Return every run with a name: its title, and its folder's name where two titles are the same."""
+    """Return every run with a name: its title, and its folder's name where two titles are the same.
+
+    A run is that of its first component.
+    """
     runs = [open_run(path) for path in paths]
     titles = [run.title for run in runs]
     return [
@@ -218,6 +302,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         )
     assert isinstance(content, dict)
     return content
+
+
+def _components(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(manifest.get("components") or (_RESIDUAL,))
 
 
 def _finite(value: Any) -> float | None:

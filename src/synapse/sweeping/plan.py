@@ -1,6 +1,6 @@
 """The plan of a sweep: which neurons, where, with which intervention, on which examples; and what it costs.
 
-A *cell* is one intervention (layer, neurons, scope, kind). Cells that come to the same edit on the
+A *cell* is one intervention (neurons of one site, scope, kind). Cells that come to the same edit on the
 same examples are one *run*.
 """
 
@@ -13,9 +13,10 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from synapse.errors import SettingsError, near
+from synapse.model.classifier import Classifier
 from synapse.perturb.activations import Intervention, Mean, Noise, Scale, Zero
 from synapse.ranking.base import Ranking, count_of
-from synapse.types import CELL_COLUMNS, GLOBAL, SCOPES, Activations, Neurons, Scope, Selection
+from synapse.types import CELL_COLUMNS, GLOBAL, SWEPT_SCOPES, Activations, Component, Neurons, Scope, Selection
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Shares of the width, dense at both ends: in early layers little is lost before nearly all is gone."""
@@ -65,7 +66,7 @@ class Grid:
     `random_sets_per_example` of them, in turn.
     """
 
-    scopes: tuple[Scope, ...] = SCOPES
+    scopes: tuple[Scope, ...] = SWEPT_SCOPES
     fractions: tuple[float, ...] = FRACTIONS
     bottom_fractions: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99)
     label_fractions: tuple[float, ...] = (0.5, 0.9)
@@ -167,7 +168,7 @@ class _CellBuilder:
         return Cell(neurons, self.scope, self.kind, "random", GLOBAL, "random", draw, k / self.ranking.width, share)
 
     def everything(self) -> Cell:
-        neurons = Neurons(self.layer, tuple(range(self.ranking.width)))
+        neurons = Neurons(self.layer, tuple(range(self.ranking.width)), self.ranking.component)
         return Cell(neurons, self.scope, self.kind, "", GLOBAL, "top", -1, 1.0)
 
 
@@ -180,12 +181,52 @@ class Cost:
     block_passes: int
 
 
-def cost_of(cells: Sequence[Cell], n_examples: int, n_layers: int) -> Cost:
+@dataclass(frozen=True)
+class Reach:
+    """What an edit of a component can reach: which scopes come to the same there, and how many blocks run after it."""
+
+    component: Component
+    n_layers: int
+    n_blocks: int
+    reads_every_row: bool
+
+    @classmethod
+    def of(cls, classifier: Classifier, component: Component) -> "Reach":
+        """Return the reach of a classifier's component."""
+        anatomy = classifier.anatomy
+        return cls(
+            component,
+            len(classifier.sites(component)),
+            classifier.n_layers,
+            anatomy.readout in ("mean", "first-and-mean"),
+        )
+
+    def blocks_run(self, layer: int) -> int:
+        """Return how many blocks run when a run starts at this layer."""
+        if self.component == "pooler":
+            return 0
+        return self.n_blocks - layer - (1 if self.component == "residual" else 0)
+
+    def scope(self, layer: int, scope: Scope, kind: Kind) -> Scope:
+        """Return `readout` for a scope that comes to the same, as was proved on load.
+
+        The head reads the readout row of the last block's output only; the input of the final map has no other rows
+        that matter; a head that reads the mean has every row that is no padding for its readout rows.
+        """
+        # Means and deviations of `all` are taken over all rows, so those kinds stay apart.
+        if kind.name in _MOMENT_KINDS and scope in ("all", "non-padding"):
+            return scope
+        is_read = self.component in ("residual", "pooler") and layer == self.n_layers - 1
+        is_every_row = self.reads_every_row and scope in ("all", "non-padding")
+        return "readout" if is_read or is_every_row else scope
+
+
+def cost_of(cells: Sequence[Cell], n_examples: int, reach: Reach) -> Cost:
     """Return what the plan will really run, after equal cells were merged."""
-    runs = merged_runs(cells, n_examples, n_layers)
+    runs = merged_runs(cells, n_examples, reach)
     total = sum(int(run.examples.sum()) for run in runs)
-    blocks = sum(int(run.examples.sum()) * (n_layers - 1 - run.layer) for run in runs)
-    return Cost(len(cells), total, blocks + n_examples * n_layers)
+    blocks = sum(int(run.examples.sum()) * reach.blocks_run(run.layer) for run in runs)
+    return Cost(len(cells), total, blocks + n_examples * reach.n_blocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,17 +252,18 @@ class Run:
         return self.kind.of(self.neurons, self.scope, reference, seed=seed)
 
 
-def merged_runs(cells: Sequence[Cell], n_examples: int, n_layers: int) -> list[Run]:
+def merged_runs(cells: Sequence[Cell], n_examples: int, reach: Reach) -> list[Run]:
     """Return what has to be run for these cells: equal edits of the same examples once."""
     merged: dict[tuple[object, ...], list[int]] = {}
     for position, cell in enumerate(cells):
         units = tuple(sorted(cell.neurons.units))
-        key = (cell.neurons.layer, _effective_scope(cell, n_layers), repr(cell.kind), units, cell.share)
+        scope = reach.scope(cell.neurons.layer, cell.scope, cell.kind)
+        key = (cell.neurons.layer, scope, repr(cell.kind), units, cell.share)
         merged.setdefault(key, []).append(position)
     return [
         Run(
             neurons=cells[positions[0]].neurons,
-            scope=_effective_scope(cells[positions[0]], n_layers),
+            scope=reach.scope(cells[positions[0]].neurons.layer, cells[positions[0]].scope, cells[positions[0]].kind),
             kind=cells[positions[0]].kind,
             cells=tuple(positions),
             examples=cells[positions[0]].runs(n_examples),
@@ -230,18 +272,11 @@ def merged_runs(cells: Sequence[Cell], n_examples: int, n_layers: int) -> list[R
     ]
 
 
-def _effective_scope(cell: Cell, n_layers: int) -> Scope:
-    """Return `readout` for every scope at the last layer: the head reads that row only, as was proved on load."""
-    # Means and deviations of `all` are taken over all rows, so those kinds stay apart.
-    own_moments = cell.scope == "all" and cell.kind.name in _MOMENT_KINDS
-    return "readout" if cell.neurons.layer == n_layers - 1 and not own_moments else cell.scope
-
-
 def _moments(
     reference: Activations, layer: int, scope: Scope
 ) -> tuple[Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
     """Return mean and deviation of every unit over the rows that the scope edits."""
-    if scope == "all":
+    if scope in ("all", "non-padding"):
         if reference.row_mean is None or reference.row_deviation is None:
             raise SettingsError("The activations carry no moments over all rows; record them again with `record`.")
         return reference.row_mean[layer], reference.row_deviation[layer]
@@ -253,6 +288,7 @@ def cells_frame(cells: Sequence[Cell], n_layers: int) -> pd.DataFrame:
     """Return the columns of the `sweep` table that say what a cell is, one row a cell."""
     rows = [
         (
+            cell.neurons.component,
             cell.neurons.layer,
             (cell.neurons.layer + 1) / n_layers,
             cell.scope,

@@ -5,22 +5,24 @@ Each run starts at the layer it edits, and the runs of one layer and scope share
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 
 from synapse.data.examples import Examples
 from synapse.errors import SettingsError, SplitError
 from synapse.model.classifier import Classifier
-from synapse.model.hooks import edited_outputs
-from synapse.model.resume import CleanPass, clean_pass, resume
+from synapse.model.hooks import Edit, Site, edited_sites
+from synapse.model.resume import CleanPass, clean_pass, resume, resume_layer
 from synapse.perturb.activations import AffineEdit, Intervention, noise_for
 from synapse.ranking.base import Ranking
-from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Run, cells_frame, merged_runs, plan
-from synapse.types import Activations, Progress, Scope, Sweep, silent
+from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
+from synapse.types import Activations, Component, Progress, Scope, Sweep, silent
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +69,18 @@ def sweep(
         raise SettingsError(f"There is no engine {engine!r}; 'resume' or 'plain' was expected.")
     planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
     targets = examples.targets(classifier.labels)
-    runs = merged_runs(planned, len(examples), classifier.n_layers)
+    if ranking.component != reference.component:
+        raise SettingsError(
+            f"The ranking is of {ranking.component!r}, the reference activations of {reference.component!r}; both "
+            "must be of one component: record the reference with the same `component=`."
+        )
+    runs = merged_runs(planned, len(examples), Reach.of(classifier, ranking.component))
     groups = _grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
     results = np.full((len(runs), len(examples), len(classifier.labels)), np.nan, dtype=np.float32)
     clean_logits = np.empty((len(examples), len(classifier.labels)), dtype=np.float32)
     done, total = 0, sum(int(run.examples.sum()) for run in runs)
     for batch in classifier.batches(examples.inputs):
-        clean = clean_pass(classifier, batch)
+        clean = clean_pass(classifier, batch, () if ranking.component == "residual" else (ranking.component,))
         clean_logits[batch.index] = clean.logits.float().cpu().numpy()
         for group in groups:
             for run, example, logits in group.results(classifier, clean):
@@ -83,19 +90,35 @@ def sweep(
     logits = np.empty((len(planned), *results.shape[1:]), dtype=np.float32)
     for row, merged in enumerate(runs):
         logits[list(merged.cells)] = results[row]
-    frame = cells_frame(planned, classifier.n_layers)
-    run_plain = tuple(f"layer {group.layer}, {group.scope}" for group in groups if group.trusted is False)
+    frame = cells_frame(planned, len(classifier.sites(ranking.component)))
+    run_plain = tuple(
+        f"{group.component} of layer {group.layer}, {group.scope}" for group in groups if group.trusted is False
+    )
     return Sweep(frame, logits, clean_logits, targets, classifier.labels, tuple(dict.fromkeys(run_plain)))
+
+
+def joined(sweeps: Sequence[Sweep]) -> Sweep:
+    """Return sweeps of several components over the same examples as one, their cells one after the other."""
+    first = sweeps[0]
+    return Sweep(
+        pd.concat([each.cells for each in sweeps], ignore_index=True),
+        np.concatenate([each.logits for each in sweeps]),
+        first.clean_logits,
+        first.targets,
+        first.labels,
+        tuple(place for each in sweeps for place in each.run_plain),
+    )
 
 
 @dataclass(eq=False)
 class _Group:
-    """Runs of one layer and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
+    """Runs of one site and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
 
     `asked` says which of all examples each run is about. `noise_seed` is None where nothing is random. `trusted` says
     whether resuming gives the plain forward's logits; None as long as it was not compared.
     """
 
+    component: Component
     layer: int
     scope: Scope
     noise_seed: int | None
@@ -133,15 +156,24 @@ class _Group:
     ) -> Float[np.ndarray, "pair label"]:
         chosen = torch.from_numpy(example).to(classifier.device)
         edit = self.edit.take(torch.from_numpy(run).to(classifier.device))
-        rows = None if self.scope == "all" else classifier.readout_rows(clean.batch, clean.n_tokens)[chosen]
+        sites = classifier.sites(self.component)
+        edits: list[tuple[Site, Edit]] = [
+            (
+                sites[layer],
+                partial(self._edited, classifier, sites[layer], edit, noise[layer][chosen] if noise else None),
+            )
+            for layer in self._edited_layers(classifier)
+        ]
+        below = resume_layer(classifier, self.component, self.layer)
+        states = None if below < 0 else clean.states[below][chosen]
+        with torch.inference_mode(), edited_sites(classifier.module, edits):
+            return resume(classifier, clean, below, states, chosen).float().cpu().numpy()
 
-        def edit_at(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-            return lambda states: edit(states, rows, noise[layer][chosen] if noise else None)
-
-        later = self._edited_layers(classifier)[1:]
-        with torch.inference_mode(), edited_outputs([(classifier.blocks[layer], edit_at(layer)) for layer in later]):
-            states = edit_at(self.layer)(clean.states[self.layer][chosen])
-            return resume(classifier, clean, self.layer, states, chosen).float().cpu().numpy()
+    def _edited(
+        self, classifier: Classifier, site: Site, edit: AffineEdit, noise: torch.Tensor | None, states: torch.Tensor
+    ) -> torch.Tensor:
+        rows = classifier.rows(classifier.current_batch, site, states.shape[1], self.scope)
+        return edit(states, rows, noise)
 
     def _plain(
         self,
@@ -166,7 +198,7 @@ class _Group:
         """Compare a few runs, from the smallest set to the largest, with the plain hooked forward."""
         asked = np.unique(example)[:PROOF_EXAMPLES]
         run, example = run[np.isin(example, asked)], np.searchsorted(asked, example[np.isin(example, asked)])
-        clean = clean.take(asked)
+        clean = clean.take(torch.from_numpy(asked).to(classifier.device))
         sizes = np.array([len(intervention.neurons) for intervention in self.interventions])
         by_size = np.unique(run)[np.argsort(sizes[np.unique(run)], kind="stable")]
         few = np.isin(run, by_size[np.linspace(0, len(by_size) - 1, 3).astype(int)])
@@ -176,22 +208,29 @@ class _Group:
         agrees = worst <= TOLERANCE  # false for NaN, which agrees with nothing
         if not agrees:
             log.warning(
-                "Layer %d, scope %s: resumed logits differ from the plain forward by %.1e (at most %.0e is trusted); "
-                "it is run plain, which is slower.",
-                *(self.layer, self.scope, worst, TOLERANCE),
+                "%s of layer %d, scope %s: resumed logits differ from the plain forward by %.1e (at most %.0e is "
+                "trusted); it is run plain, which is slower.",
+                *(self.component, self.layer, self.scope, worst, TOLERANCE),
             )
         return agrees
 
     def _edited_layers(self, classifier: Classifier) -> range:
-        return range(self.layer, classifier.n_layers if self.scope == "readout-onward" else self.layer + 1)
+        n_layers = len(classifier.sites(self.component))
+        return range(self.layer, n_layers if self.scope == "readout-onward" else self.layer + 1)
 
     def _noise(self, classifier: Classifier, clean: CleanPass) -> dict[int, torch.Tensor]:
         """Return the noise of every example of the batch at each edited layer; nothing where none is needed."""
         if self.noise_seed is None:
             return {}
-        size = (clean.n_tokens, classifier.width)
         return {
-            layer: noise_for(clean.batch, layer, *size, seed=self.noise_seed).to(classifier.device)
+            layer: noise_for(
+                classifier,
+                clean.batch,
+                self.component,
+                layer,
+                clean.of(self.component)[layer].shape[1],
+                seed=self.noise_seed,
+            )
             for layer in self._edited_layers(classifier)
         }
 
@@ -206,10 +245,13 @@ def _grouped(
     for (layer, scope, noisy), rows in sorted(members.items()):
         chosen = [runs[row] for row in rows]
         interventions = [run.intervention(reference, seed=seed) for run in chosen]
-        edit = AffineEdit.stacked([each.edit(classifier.width) for each in interventions]).to(classifier.device)
+        component = chosen[0].neurons.component
+        width = classifier.sites(component)[layer].width
+        edit = AffineEdit.stacked([each.edit(width) for each in interventions]).to(classifier.device)
         asked = np.stack([run.examples for run in chosen])
         groups.append(
             _Group(
+                component,
                 layer,
                 scope,
                 seed if noisy else None,

@@ -1,0 +1,229 @@
+"""Watch one forward pass: every call of every submodule, in order, with what went in and what came out."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synapse.errors import ModelError
+from synapse.model.hooks import with_hidden_states
+
+Inputs = Mapping[str, Tensor]
+"""Keyword arguments of a model's forward, example first in every tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module; `started` and `ended` count the events of all calls, in order.
+
+    `index` counts the calls of this module, from 0. `input` is the first tensor among the arguments, if there is one.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    input: Tensor | None
+    output: Any
+    started: int
+    ended: int
+
+    def is_inside(self, other: "Call") -> bool:
+        """Whether this call happened during the other one."""
+        return other.started < self.started and self.ended < other.ended
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """All calls of a forward pass in order of their start, and the logits."""
+
+    calls: tuple[Call, ...]
+    logits: Float[Tensor, "example label"]
+
+    def before(self, call: Call) -> list[Call]:
+        """Return the outermost calls that had ended when the given one started."""
+        return outermost([c for c in self.calls if c.ended < call.started])
+
+    def after(self, call: Call) -> list[Call]:
+        """Return the outermost calls that started after the given one had ended."""
+        return outermost([c for c in self.calls if c.started > call.ended])
+
+    def inside(self, call: Call) -> list[Call]:
+        """Return the calls that happened during the given one."""
+        return [c for c in self.calls if c.is_inside(call)]
+
+
+def forward_logits(module: nn.Module, inputs: Inputs) -> Float[Tensor, "example label"]:
+    """Return the logits of a forward pass, whether the module gives them alone, first in a tuple or by name.
+
+    Raises:
+        ModelError: it gives something else.
+    """
+    output = module(**inputs)
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        seen = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"{type(output).__name__}"
+        raise ModelError(
+            f"The model returned an output {seen}; logits of shape (example, label), alone, first in a tuple or as "
+            "`.logits`, were expected. Load it with a single-label classification head."
+        )
+    return logits
+
+
+def traced(root: nn.Module, inputs: Inputs) -> Trace:
+    """Return the trace of one forward pass."""
+    with ExitStack() as stack:
+        tracer = _Tracer()
+        for name, module in root.named_modules():
+            if name:
+                started, ended = partial(tracer.started, name), partial(tracer.ended, name)
+                stack.callback(module.register_forward_pre_hook(started, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(ended).remove)
+        with torch.inference_mode():
+            logits = forward_logits(root, inputs)
+    return Trace(tuple(sorted(tracer.calls, key=lambda call: call.started)), logits)
+
+
+class _Tracer:
+    """Collects the calls of a pass; `running` holds the calls of every module that have not ended yet."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.running: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
+        self.counts: Counter[str] = Counter()
+        self.events = 0
+
+    def started(self, name: str, _module: nn.Module, arguments: Any, options: Any) -> None:
+        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
+        self.running[name].append((self.events, tensors[0].clone() if tensors else None))
+        self.events += 1
+
+    def ended(self, name: str, module: nn.Module, _arguments: Any, output: Any) -> None:
+        started, first = self.running[name].pop()
+        # Copies: what works in place would change what was returned before it.
+        kept = with_tensors(output, [tensor.clone() for tensor in tensors_in(output)])
+        self.calls.append(Call(name, self.counts[name], module, first, kept, started, self.events))
+        self.counts[name] += 1
+        self.events += 1
+
+
+def outermost(calls: Sequence[Call]) -> list[Call]:
+    """Return the calls that do not lie inside another one of the list."""
+    kept: list[Call] = []
+    for call in sorted(calls, key=lambda call: call.started):
+        if not kept or call.started > kept[-1].ended:
+            kept.append(call)
+    return kept
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in what a module returned: a tensor, or tuples, lists and mappings of them."""
+    return list(_leaves(value))
+
+
+def with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return the same structure with its tensors replaced, in order."""
+    return _rebuilt(value, iter(tensors))
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _leaves(entry)
+
+
+def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[_rebuilt(entry, tensors) for entry in value])
+    if isinstance(value, (tuple, list)):
+        return type(value)([_rebuilt(entry, tensors) for entry in value])
+    if isinstance(value, Mapping):
+        make: Callable[..., Any] = type(value)
+        return make(**{name: _rebuilt(entry, tensors) for name, entry in value.items()})
+    return value
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """A call whose output can be given again for chosen examples.
+
+    `axes` holds the example axis of every tensor in the output, None where a tensor is the same for all examples.
+    """
+
+    module: str
+    call: int
+    axes: tuple[int | None, ...]
+
+    def take(self, output: Any, examples: Int[Tensor, "chosen"]) -> Any:
+        """Return the output for the chosen examples."""
+        return with_tensors(
+            output,
+            [
+                tensor if axis is None else tensor.index_select(axis, examples)
+                for tensor, axis in zip(tensors_in(output), self.axes, strict=True)
+            ],
+        )
+
+
+def replayable(call: Call, output: Any, with_one_more: Any) -> Replayable | None:
+    """Return how to replay an output of a call, by comparing it with that for one example more; None if unclear."""
+    first, second = tensors_in(output), tensors_in(with_one_more)
+    if len(first) != len(second):
+        return None
+    axes = [example_axis(a, b) for a, b in zip(first, second, strict=True)]
+    return None if -1 in axes else Replayable(call.name, call.index, tuple(axes))
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What a forward pass has computed up to the end of its blocks, to be given again instead of being computed.
+
+    `before` holds the outputs of the modules before the blocks, `blocks` those of the blocks without their states.
+    """
+
+    before: tuple[tuple[Replayable, Any], ...]
+    blocks: tuple[tuple[Replayable, Any], ...]
+
+    def take(self, examples: Int[Tensor, "chosen"]) -> "Replay":
+        """Return the outputs for the chosen examples."""
+        return Replay(
+            tuple((part, part.take(output, examples)) for part, output in self.before),
+            tuple((part, part.take(output, examples)) for part, output in self.blocks),
+        )
+
+    def up_to(self, layer: int, states: Tensor | None) -> dict[str, list[Any]]:
+        """Return the outputs, by module and in call order, up to the block whose states (in the model's axes) are
+        given.
+
+        The blocks below get these states too: nobody but the next block looks at them. Layer -1 stands for no block.
+        """
+        outputs: dict[str, list[Any]] = {}
+        for part, output in self.before:
+            outputs.setdefault(part.module, []).append(output)
+        for part, output in self.blocks[: layer + 1]:
+            assert states is not None
+            outputs.setdefault(part.module, []).append(with_hidden_states(output, states))
+        return outputs
+
+
+def example_axis(tensor: Tensor, with_one_more: Tensor) -> int | None:
+    """Return the axis that grows by one with one example more; None if none grows, -1 if something else does."""
+    if tensor.shape == with_one_more.shape:
+        return None
+    if tensor.ndim != with_one_more.ndim:
+        return -1
+    grown = [axis for axis in range(tensor.ndim) if tensor.shape[axis] != with_one_more.shape[axis]]
+    one_more = len(grown) == 1 and with_one_more.shape[grown[0]] == tensor.shape[grown[0]] + 1
+    return grown[0] if one_more else -1
