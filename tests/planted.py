@@ -64,6 +64,68 @@ class PlantedClassifier(nn.Module):
         return self.head(hidden[:, 0])
 
 
+B_HIDDEN, C_HIDDEN = 7, 11
+"""Hidden units of the planted feed-forward network that carry the classes b and c."""
+
+
+class HiddenBlock(nn.Module):
+    """Gathers as `GatherBlock` does, and writes through a feed-forward network to units that the head reads.
+
+    Its hidden units `B_HIDDEN` and `C_HIDDEN` carry the two classes; the other hidden units write where nothing reads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = GatherBlock(1.0)
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH, bias=False)
+        with torch.no_grad():
+            self.up.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+            self.up.weight[:, [B_UNIT, C_UNIT]] = 0
+            self.up.bias.zero_()
+            self.down.weight.zero_()
+            self.down.weight[12] = 0.1
+            for hidden, unit, out in ((B_HIDDEN, B_UNIT, 2), (C_HIDDEN, C_UNIT, 3)):
+                self.up.weight[hidden] = 0
+                self.up.weight[hidden, unit] = 1
+                self.down.weight[:, hidden] = 0
+                self.down.weight[out, hidden] = 1
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.gather(hidden)
+        return hidden + self.down(torch.relu(self.up(hidden)))
+
+
+class HiddenClassifier(nn.Module):
+    """One `HiddenBlock`, whose feed-forward network the head reads: the planted neurons are hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        planted = PlantedClassifier(1)
+        self.embedding = planted.embedding
+        self.blocks = nn.ModuleList([HiddenBlock()])
+        self.head = nn.Linear(WIDTH, 3)
+        with torch.no_grad():
+            self.embedding.weight[:, [2, 3]] = 0
+            self.head.weight.zero_()
+            self.head.weight[1, 2] = self.head.weight[2, 3] = 4
+            self.head.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden[:, 0])
+
+
+def hidden_classifier() -> Classifier:
+    return Classifier.from_module(
+        HiddenClassifier().eval(),
+        preprocess=lambda ids: {"ids": torch.as_tensor(np.asarray(ids))},
+        labels=LABELS,
+        sample=planted_examples(4, seed=99).inputs,
+    )
+
+
 def planted_examples(n: int, *, seed: int) -> Examples:
     """Return n examples: a third carries no signal token (class a), a third each `B_TOKEN` and `C_TOKEN`."""
     rng = np.random.default_rng(seed)

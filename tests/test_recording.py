@@ -1,10 +1,23 @@
 import numpy as np
 import pytest
 import torch
-from planted import planted_classifier, planted_examples, random_classifier, random_examples
+from planted import (
+    B_HIDDEN,
+    C_HIDDEN,
+    LABELS,
+    hidden_classifier,
+    planted_classifier,
+    planted_examples,
+    random_classifier,
+    random_examples,
+)
 
 from synapse.errors import LabelError, ModelError
+from synapse.perturb.activations import Zero
+from synapse.probe.probe import fit_probes
+from synapse.ranking import rank
 from synapse.recording import record
+from synapse.types import Neurons
 
 
 def test_recorded_states_are_the_readout_rows_of_every_block():
@@ -47,3 +60,24 @@ def test_foreign_labels_and_states_that_are_not_finite_are_refused():
         classifier.module.embedding.weight[10] = torch.nan
     with pytest.raises(ModelError, match="not finite"):
         record(classifier, planted_examples(60, seed=1))
+
+
+def test_planted_hidden_units_are_recorded_ranked_first_and_take_their_class_with_them():
+    classifier, train, test = hidden_classifier(), planted_examples(90, seed=1), planted_examples(60, seed=2)
+    activations = record(classifier, train, component="mlp")
+    tokens = torch.as_tensor(train.inputs)
+    hidden = classifier.module.blocks[0].gather(classifier.module.embedding(tokens))
+    expected = torch.relu(classifier.module.blocks[0].up(hidden))
+    np.testing.assert_allclose(activations.values[0], expected[:, 0].detach(), atol=1e-6)
+    np.testing.assert_allclose(activations.row_mean[0], expected.detach().mean(dim=(0, 1)), atol=1e-6)
+    ranking = rank(activations, probes=fit_probes(activations, seed=0), method="cumulative-mass")
+    clean = classifier.predict(test).argmax(axis=1)
+    for label, unit in (("b", B_HIDDEN), ("c", C_HIDDEN)):
+        neurons = ranking.top(1, layer=0, label=label)
+        assert neurons == Neurons(0, (unit,), "mlp")
+        with classifier.edited(Zero(neurons)):
+            edited = classifier.predict(test).argmax(axis=1)
+        lost = np.array(test.labels) == label
+        assert (clean[lost] == LABELS.index(label)).all()
+        assert (edited[lost] == LABELS.index("a")).all()
+        np.testing.assert_array_equal(edited[~lost], clean[~lost])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ _DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "
 
 @dataclass(frozen=True)
 class _Reader:
-    """What turns raw inputs into a model's main input: its name, its loader, and the files that it is kept in."""
+    """What turns raw inputs into a model's main input: its name, its loader, where that is defined, and its files."""
 
     what: str
     loader: str
     files: tuple[str, ...]
     options: Mapping[str, Any]
+    place: str = "transformers"
 
 
 _TOKENIZER = _Reader(
@@ -62,6 +64,7 @@ _IMAGES = _Reader(
     "AutoImageProcessor",
     ("preprocessor_config.json", "processor_config.json"),
     {"backend": "pil"} if find_spec("transformers.image_processing_backends") else {"use_fast": False},
+    "transformers.models.auto.image_processing_auto",  # some versions hide it elsewhere if there is no torchvision
 )
 _SOUNDS = _Reader(
     "feature extractor", "AutoFeatureExtractor", ("preprocessor_config.json", "processor_config.json"), {}
@@ -288,7 +291,7 @@ def _processor(model: str | Path, module: nn.Module, trust_remote_code: bool) ->
         )
     try:
         processor = _load(
-            getattr(transformers, reader.loader),
+            getattr(import_module(reader.place), reader.loader),
             model,
             f"no {reader.what}",
             trust_remote_code=trust_remote_code,
