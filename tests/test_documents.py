@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from architectures import TABLE
+from tiny_models import bert, word_tokenizer
 
 import synapse
 from synapse.cli.app import app
@@ -94,3 +96,13 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(code.replace("path/to/model", str(requests.folder)), names)
     assert names["logits"].shape == (20, 5)
     assert "headroom" in capsys.readouterr().out
+
+
+def test_the_python_examples_of_the_page_of_models_run(capsys):
+    """With a tiny model of the library and its tokenizer in memory, and with PyTorch's own encoder."""
+    own = next(row for row in TABLE if row.name == "nn.TransformerEncoder")
+    names = {"model": bert(), "tokenizer": word_tokenizer(), "module": own.build(), "preprocess": own.preprocess}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL):
+        exec(code, names)
+    assert names["classifier"].anatomy.blocks == own.block_names
+    assert "'readout': 'first'" in capsys.readouterr().out

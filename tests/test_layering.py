@@ -1,9 +1,11 @@
 """Values flow one way: an import may only point to a room that stands earlier in this list of what each may know."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 SOURCE = Path(__file__).parents[1] / "src" / "synapse"
 
@@ -78,3 +80,28 @@ def test_only_the_command_line_writes_to_the_terminal():
 def test_nothing_is_pickled():
     for path in FILES:
         assert not {name for name in imported_modules(path) if name.split(".")[0] in ("pickle", "joblib", "dill")}, path
+
+
+def conditions(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+            yield node.test
+        elif isinstance(node, ast.comprehension):
+            yield from node.ifs
+        elif isinstance(node, ast.Compare):
+            yield node
+        elif isinstance(node, ast.match_case):
+            yield from (part for part in ast.walk(node.pattern) if isinstance(part, ast.expr))
+
+
+def test_no_condition_asks_for_the_name_of_an_architecture():
+    known = {name.casefold() for name in (*CONFIG_MAPPING_NAMES, *CONFIG_MAPPING_NAMES.values())}
+    found = {
+        (path.name, constant.value)
+        for path in FILES
+        for condition in conditions(ast.parse(path.read_text()))
+        for constant in ast.walk(condition)
+        if isinstance(constant, ast.Constant) and str(constant.value).casefold() in known
+    }
+    assert {"bert", "bertconfig", "llama"} <= known
+    assert found == set()

@@ -13,6 +13,7 @@ from torch import nn
 from synapse.errors import AnatomyError, ModelError, SettingsError
 from synapse.model.anatomy import find_anatomy
 from synapse.model.classifier import Classifier
+from synapse.perturb.weights import places
 
 EXPECTED = {
     "bert": ("bert.encoder.layer.", "first", ("bert.pooler", "dropout", "classifier"), "classifier"),
@@ -216,6 +217,7 @@ def test_rows_that_are_averaged_with_their_padding_never_share_a_batch_with_long
 
 def test_weights_in_half_precision_and_quantised_maps_are_studied_as_they_are():
     half = of(random_module("bert").to(torch.bfloat16))
+    assert half.notes == ("the model runs in bfloat16, so its numbers are coarser than those of float32",)
     assert half.predict(random_texts(3, seed=1)).dtype.name == "float32"
     assert half.sites("mlp")[0].width == 48
     import warnings
@@ -226,6 +228,8 @@ def test_weights_in_half_precision_and_quantised_maps_are_studied_as_they_are():
     classifier = of(quantised)
     assert classifier.anatomy.blocks == of(random_module("bert")).anatomy.blocks
     assert classifier.sites("mlp")[0].module == "bert.encoder.layer.0.output.dense"
+    assert classifier.notes == ("blocks hold quantised weights, or none: weight noise leaves them out",)
+    assert places(classifier) == ()
     before = classifier.weights_hash()
     classifier.predict(random_texts(3, seed=1))
     assert classifier.weights_hash() == before

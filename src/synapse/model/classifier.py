@@ -202,6 +202,7 @@ class Classifier:
                 alone=_on(place, preprocess(_chosen(sample, longest_first[-1:]))),
                 overrides=Overrides(blocks, readout, mlp, attention, final),
             )
+        notes = (*notes, *getattr(preprocess, "notes", ()), *_weight_notes(module, anatomy))
         name = name or type(module).__name__
         longest = max(1, int(lengths.max()))
         return cls(
@@ -212,7 +213,7 @@ class Classifier:
             name=name,
             device=place,
             longest_sample=longest,
-            notes=tuple(dict.fromkeys((*notes, *getattr(preprocess, "notes", ())))),
+            notes=tuple(dict.fromkeys(notes)),
         )
 
     @property
@@ -439,6 +440,16 @@ def _own_labels(module: nn.Module) -> tuple[str, ...]:
     if not names:
         raise SettingsError("The module names no classes of its own; pass `labels=`, in the order of the logits.")
     return tuple(str(names[position]) for position in range(len(names)))
+
+
+def _weight_notes(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:
+    """Yield what a reader of the numbers should know of the precision of the weights."""
+    types = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()} - {"float32"}
+    if types:
+        yield f"the model runs in {' and '.join(sorted(types))}, so its numbers are coarser than those of float32"
+    blocks = [module.get_submodule(block) for block in dict.fromkeys(anatomy.blocks)]
+    if not all(any(p.ndim >= 2 and p.is_floating_point() for p in block.parameters()) for block in blocks):
+        yield "blocks hold quantised weights, or none: weight noise leaves them out"
 
 
 def _lengths(preprocess: Any, sample: Inputs) -> Int[np.ndarray, "example"]:
