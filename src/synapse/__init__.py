@@ -43,6 +43,7 @@ _HOMES = {
     "measure": "synapse.measure",
     "run_study": "synapse.study",
     "make_settings": "synapse.settings",
+    "summary_lines": "synapse.report.findings",
     "SynapseError": "synapse.errors",
 }
 

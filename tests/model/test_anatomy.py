@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from planted import (
@@ -11,8 +12,8 @@ from planted import (
 from torch import nn
 
 from synapse.errors import AnatomyError, ModelError, SettingsError
-from synapse.model.anatomy import find_anatomy
 from synapse.model.classifier import Classifier
+from synapse.model.discovery import find_anatomy
 from synapse.perturb.weights import places
 
 EXPECTED = {
@@ -213,6 +214,30 @@ def test_padding_is_known_by_behaviour_whatever_the_mask_is_called_and_means():
 
 def test_rows_that_are_averaged_with_their_padding_never_share_a_batch_with_longer_ones():
     assert not of(Stack(lambda hidden: hidden.mean(dim=1))).anatomy.pads
+
+
+class LengthPreprocess:
+    """The tokens of a text, with their number."""
+
+    def __call__(self, texts):
+        return token_preprocess(texts)
+
+    def lengths(self, texts):
+        return np.array([len(text.split()) for text in texts])
+
+
+def test_samples_of_one_length_tell_nothing_of_padding_so_lengths_never_share_a_batch():
+    module, even = Stack(lambda hidden: hidden[:, 0]).eval(), ["5 6 7", "8 9 5", "6 6 8"]
+    texts = random_texts(20, seed=3)
+    alone = np.concatenate(
+        [module(**token_preprocess([text])).detach().numpy() for text in texts]
+    )  # its blocks mix padding in
+    classifier = Classifier.from_module(module, preprocess=LengthPreprocess(), labels=LABELS, sample=even)
+    assert classifier.notes == ("the samples are of one length, so examples of different lengths never share a batch",)
+    np.testing.assert_allclose(classifier.predict(texts), alone, atol=1e-5)
+    blind = Classifier.from_module(module, preprocess=token_preprocess, labels=LABELS, sample=even)
+    with pytest.raises(ModelError, match="what varies in size must vary in the samples too.*Pass `sample=`"):
+        blind.predict(texts)
 
 
 def test_weights_in_half_precision_and_quantised_maps_are_studied_as_they_are():

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,8 @@ from synapse.data.batches import equal_lengths, length_buckets
 from synapse.data.examples import Examples
 from synapse.data.inputs import content_bytes
 from synapse.errors import ModelError, SettingsError, near
-from synapse.model.anatomy import Anatomy, Overrides, find_anatomy
+from synapse.model.anatomy import Anatomy, Overrides
+from synapse.model.discovery import find_anatomy
 from synapse.model.hooks import Site, study_mode
 from synapse.model.preprocess import preprocess_for
 from synapse.model.pretrained import load_classifier
@@ -202,6 +203,10 @@ class Classifier:
                 alone=_on(place, preprocess(_chosen(sample, longest_first[-1:]))),
                 overrides=Overrides(blocks, readout, mlp, attention, final),
             )
+        if hasattr(preprocess, "lengths") and len(np.unique(lengths)) == 1:
+            # Nothing was padded, so nothing is known of padding.
+            anatomy = replace(anatomy, n_tokens_follow_length=True, pads=False)
+            notes = (*notes, "the samples are of one length, so examples of different lengths never share a batch")
         notes = (*notes, *getattr(preprocess, "notes", ()), *_weight_notes(module, anatomy))
         name = name or type(module).__name__
         longest = max(1, int(lengths.max()))
@@ -279,8 +284,22 @@ class Classifier:
             buckets = same(lengths(inputs), batch_size=256, max_tokens=max_length)
         for index in buckets:
             chosen = _chosen(inputs, index)
+            tensors = self.preprocess(chosen)
+            self._check_size(tensors)
             keys = tuple(_content_key(item) for item in chosen)
-            yield Batch(index, keys, _on(self.device, self.preprocess(chosen)))
+            yield Batch(index, keys, _on(self.device, tensors))
+
+    def _check_size(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse inputs that vary in size where the samples did not: whether they may share a batch was not tried."""
+        if self.anatomy.n_tokens_follow_length:
+            return
+        for name, shape in self.anatomy.shapes.items():
+            if tensors[name].shape[1:] != shape:
+                raise ModelError(
+                    f"The input {name!r} has the shape {tuple(tensors[name].shape[1:])} an example, and that of all "
+                    f"samples was {tuple(shape)}; what varies in size must vary in the samples too, so that padding is "
+                    "tried. Pass `sample=` of unequal sizes."
+                )
 
     def predict(self, examples: Examples | Inputs) -> Float[np.ndarray, "example label"]:
         """Return the logits of every example, in the order given, in float32."""

@@ -78,7 +78,9 @@ def find_inner_sites(
         sites["attention"] = tuple(_site(mixing, "output", block) for block in blocks)
         heads = tuple(_site(mixing, "input", block) for block in blocks)
         n_heads = _count_heads(root, inputs, heads[0]) if mixing.mixed else None
-        if n_heads is None:
+        if not mixing.mixed:
+            missing["heads"] = f"{mixing.path!r} attends and projects in one module, which calls none with the heads"
+        elif n_heads is None:
             missing["heads"] = "the heads could not be told apart in the input of the attention's output projection"
         else:
             sites["heads"] = heads

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from synapse.errors import AnatomyError
@@ -75,56 +75,68 @@ def weights_of(readout: Readout, there: Bool[Tensor, "example token"]) -> Float[
     return rest if readout == "mean-but-first" else (rest + (position == 0)) / 2
 
 
-def find_readout(there: Bool[Tensor, "token"], states: Float[Tensor, "token unit"], head_logits: HeadLogits) -> Readout:
-    """Return which rows of the last block's output move the logits, and whether they do so alike.
+@dataclass(frozen=True, eq=False)
+class ReadoutTrial:
+    """Tries readouts on one example: `there` says which of its rows are no padding, `states` is the last block's
+    output."""
 
-    `there` says which rows of the example are no padding. All that the hypothesis says is not read is changed at once,
-    and must not matter; a sample of what it says is read is changed row by row, and each must matter; rows that it says
-    are read alike are rolled around, and the logits must stay.
+    there: Bool[Tensor, "token"]
+    states: Float[Tensor, "token unit"]
+    head_logits: HeadLogits
 
-    Raises:
-        AnatomyError: no hypothesis holds; the message says which rows were seen to move the logits.
-    """
-    clean = head_logits(states[None])[0]
-    tolerance = _tolerance(clean)
+    def find(self) -> Readout:
+        """Return the readout that holds.
 
-    def moves(changed: Float[Tensor, "copy token unit"]) -> Bool[Tensor, "copy"]:
-        return (head_logits(changed) - clean).abs().amax(dim=1) > tolerance
+        Raises:
+            AnatomyError: none does; the message says which rows were seen to move the logits.
+        """
+        for readout in READOUTS:
+            if self.holds(readout):
+                return readout
+        n_tokens = len(self.states)
+        sample = torch.linspace(0, n_tokens - 1, min(n_tokens, 64), device=self.states.device).long()
+        seen = sample[self._moves(self._each_changed(sample))].tolist()
+        raise AnatomyError(
+            f"The head reads the rows {_listed(seen)} of {n_tokens}, not all of them alike; the first row ([CLS]), the "
+            "last that is no padding, the first two, or a mean over rows was expected. Name the one that comes nearest "
+            f"with `readout=` ({', '.join(READOUTS)})."
+        )
 
-    for readout in READOUTS:
-        read = weights_of(readout, there[None])[0] > 0
-        if not read.any() or ((~read).any() and moves(_changed(states, ~read)[None])[0]):
-            continue
+    def holds(self, readout: Readout) -> bool:
+        """Whether the rows of this readout, and no others, move the logits, and as it says.
+
+        All that it says is not read is changed at once, and must not matter; a sample of what it says is read is
+        changed row by row, and each must matter; rows that it says are read alike are rolled around, and the logits
+        must stay.
+        """
+        read = weights_of(readout, self.there[None])[0] > 0
+        if not read.any() or ((~read).any() and self._moves(_changed(self.states, ~read)[None])[0]):
+            return False
         rows = torch.nonzero(read).flatten()
         sample = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 8)).long()]
-        each = torch.stack([_changed(states, torch.arange(len(states), device=states.device) == r) for r in sample])
-        if not moves(each).all():
-            continue
+        if not self._moves(self._each_changed(sample)).all():
+            return False
+        if readout in ("first", "last", "first-two"):
+            return True
         alike = rows[1:] if readout == "first-and-mean" else rows
-        rolled = states.clone()
-        rolled[alike] = states[alike.roll(1)]
-        is_ordered = readout in ("first", "last") or not moves(rolled[None])[0]
-        if is_ordered:
-            return readout
-    n_tokens = len(states)
-    sample = torch.linspace(0, n_tokens - 1, min(n_tokens, 64), device=states.device).long()
-    each = torch.stack([_changed(states, torch.arange(n_tokens, device=states.device) == row) for row in sample])
-    seen = sample[moves(each)].tolist()
-    raise AnatomyError(
-        f"The head reads the rows {_listed(seen)} of {n_tokens}, not all of them alike; the first row ([CLS]), the "
-        "last that is no padding, the first two, or a mean over rows was expected. Name the one that comes nearest "
-        f"with `readout=` ({', '.join(READOUTS)})."
-    )
+        rolled = self.states.clone()
+        rolled[alike] = self.states[alike.roll(1)]
+        return not self._moves(rolled[None])[0]
+
+    def _each_changed(self, rows: Int[Tensor, "copy"]) -> Float[Tensor, "copy token unit"]:
+        """Return a copy of the states for each row, with that row changed."""
+        position = torch.arange(len(self.states), device=self.states.device)
+        return torch.stack([_changed(self.states, position == row) for row in rows])
+
+    def _moves(self, changed: Float[Tensor, "copy token unit"]) -> Bool[Tensor, "copy"]:
+        clean = self.head_logits(self.states[None])[0]
+        return (self.head_logits(changed) - clean).abs().amax(dim=1) > 1e-4 * (1 + clean.abs().max())
 
 
 def _changed(states: Float[Tensor, "token unit"], rows: Bool[Tensor, "token"]) -> Float[Tensor, "token unit"]:
     """Return the states with the given rows changed, each by another amount: equal changes could cancel."""
     strength = 1 + 0.5 * torch.cos(torch.arange(len(states), device=states.device).float())
     return torch.where(rows[:, None], shaken(states, strength[:, None]), states)
-
-
-def _tolerance(logits: Tensor) -> float:
-    return float(1e-4 * (1 + logits.abs().max()))
 
 
 def _listed(rows: list[int]) -> str:

@@ -1,0 +1,209 @@
+"""Proofs of an anatomy: what is tried on one traced batch, and what each trial says."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from synapse.errors import AnatomyError
+from synapse.model.anatomy import Anatomy
+from synapse.model.hooks import (
+    Edit,
+    Site,
+    edited_sites,
+    hidden_states,
+    shaken,
+    standing_in,
+    with_hidden_states,
+    without_hidden_states,
+)
+from synapse.model.readout import Mask, ReadoutTrial, RowWeights
+from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits
+from synapse.types import Component, Readout
+
+
+@dataclass(frozen=True, eq=False)
+class Laboratory:
+    """A module, what is known of its anatomy, and one traced batch: what the proofs are tried on."""
+
+    module: nn.Module
+    anatomy: Anatomy
+    inputs: Inputs
+    trace: Trace
+    blocks: Sequence[Call]
+
+    def with_anatomy(self, **findings: Any) -> "Laboratory":
+        """Return the same with further findings."""
+        return replace(self, anatomy=replace(self.anatomy, **findings))
+
+    @property
+    def states(self) -> Float[Tensor, "example token unit"]:
+        """The last block's output."""
+        last = self.anatomy.sites["residual"][-1]
+        return last.rows_first(hidden_states(self.blocks[-1].output), len(self.trace.logits))
+
+    def logits(self, inputs: Inputs, edits: Sequence[tuple[Site, Edit]]) -> Float[Tensor, "example label"]:
+        """Return the logits of a whole forward pass under edits."""
+        with torch.inference_mode(), edited_sites(self.module, edits):
+            return forward_logits(self.module, inputs)
+
+    def head_logits(self, example: int, states: Float[Tensor, "copy token unit"]) -> Float[Tensor, "copy label"]:
+        """Return what the head says of copies of an example, with these states after the last block."""
+        found = []
+        size = max(1, 2_000_000 // max(1, states[0].numel()))
+        for start in range(0, len(states), size):
+            chunk = states[start : start + size]
+            copies = torch.full((len(chunk),), example, device=states.device)
+            with torch.inference_mode(), self._passed_over(chunk, copies):
+                found.append(forward_logits(self.module, {n: v[copies] for n, v in self.inputs.items()}))
+        return torch.cat(found)
+
+    @property
+    def replay(self) -> Replay:
+        """What the traced pass has computed, to be given again."""
+        calls = {(call.name, call.index): call.output for call in self.trace.calls}
+        before = tuple((part, calls[part.module, part.call]) for part in self.anatomy.before)
+        blocks = tuple((part, without_hidden_states(calls[part.module, part.call])) for part in self.anatomy.replays)
+        return Replay(before, blocks)
+
+    @contextmanager
+    def _passed_over(self, states: Tensor, examples: Int[Tensor, "copy"]) -> Iterator[None]:
+        """Give the states for the last block's output, without running what can be passed over before it."""
+        last = self.anatomy.sites["residual"][-1]
+        replay = self.replay.take(examples)
+        if replay.blocks:
+            outputs = replay.up_to(len(self.blocks) - 1, last.as_it_was(states))
+            with standing_in(self.module, outputs):
+                yield
+        else:
+            with (
+                standing_in(self.module, replay.up_to(-1, None)),
+                edited_sites(self.module, [(last, lambda _: states)]),
+            ):
+                yield
+
+    def prove_blocks(self) -> float | None:
+        """Return how far the head is from the model's own logits when it has the last block's output alone.
+
+        None where that cannot be tried, since what the blocks return beside their states cannot be given again.
+
+        Raises:
+            AnatomyError: too far; or the last block's output does not matter.
+        """
+        gap = self._gap_of_the_last_state()
+        if gap is not None and gap > self.tolerance:
+            raise AnatomyError(
+                f"The last block's output and the head give logits {gap:.1e} away from the model's own; at most "
+                f"{self.tolerance:.0e} was expected. The head seems to read something else than the last block's "
+                f"output (the blocks found: {', '.join(self.anatomy.blocks)}): name the blocks with `blocks=`, the "
+                "last of them all that the head reads."
+            )
+        changed = self.logits(self.inputs, [(self.anatomy.sites["residual"][-1], shaken)])
+        if torch.equal(changed, self.trace.logits):
+            raise AnatomyError(
+                f"Changing the output of {self.anatomy.blocks[-1]!r} did not move the logits; a block on the way to "
+                "the head was expected. A fused fast path may be skipping hooks, or these are not the blocks: name "
+                "them with `blocks=`."
+            )
+        return gap
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits that rounding explains, in the precision of the logits."""
+        eps = max(torch.finfo(self.trace.logits.dtype).eps, torch.finfo(self.states.dtype).eps)
+        return max(1e-5, 64 * eps) * (1 + float(self.trace.logits.abs().max()))
+
+    def proofs(self, gap: float | None) -> dict[str, str]:
+        """Return what was proved, as sentences; `gap` is what `prove_blocks` found.
+
+        Raises:
+            AnatomyError: the first proof that fails.
+        """
+        every = [(component, site) for component, sites in self.anatomy.sites.items() for site in sites]
+        untouched = self.logits(self.inputs, [(site, lambda states: states.clone()) for _, site in every])
+        if not torch.equal(untouched, self.trace.logits):
+            raise AnatomyError(
+                "Passing the values of the sites through unchanged changed the logits; they were expected to stay "
+                "bitwise equal. The model may be in training mode or random: call `module.eval()` first."
+            )
+        still = [site.module for (_, site), moved in zip(every, self._moved(every), strict=True) if not moved]
+        if still:
+            raise AnatomyError(
+                f"Changing what passes {still[0]!r} did not move the logits; a site on the way to the head was "
+                "expected. A fused fast path may be skipping hooks, or the module is not used: name another with "
+                "`blocks=`, `mlp=` or `attention=`."
+            )
+        counted = {name: len(sites) for name, sites in self.anatomy.sites.items()}
+        return {
+            "identity": "passing the values of every site through unchanged leaves the logits bitwise equal",
+            "sensitivity": "changing the values of any site moves the logits ("
+            + ", ".join(f"{n} {name}" for name, n in counted.items())
+            + ")",
+            "readout": self.readout_sentence(),
+            "head": "not tried: what the blocks return beside their states cannot be given again"
+            if gap is None
+            else f"last recorded state and head give the model's own logits (largest difference {gap:.0e})",
+        }
+
+    def readout_trial(self, mask: Mask | None) -> ReadoutTrial:
+        """Return the trial of readouts on one example, given what tells its padding."""
+        # The shortest example has padding rows, which tell "the last row" from "the last row that is no padding". Where
+        # padding is not known, the longest one has none.
+        example = 0 if mask is None else len(self.states) - 1
+        there = RowWeights("mean", mask).rows(self.inputs, self.states.shape[1])[example]
+        return ReadoutTrial(there, self.states[example], partial(self.head_logits, example))
+
+    def readout_sentence(self) -> str:
+        """Return what the readout was seen to be; one given by hand may not be all that the head reads."""
+        readout = self.anatomy.readout
+        holds = self.readout_trial(self.anatomy.rows.mask).holds(readout)
+        return _READ[readout] if holds else f"given by hand as {readout}; the head was seen to read otherwise"
+
+    def _moved(self, sites: Sequence[tuple[Component, Site]]) -> list[bool]:
+        """Return for every site whether its change moves the logits: a copy of one example for each, many in a pass."""
+        example, moved = len(self.trace.logits) - 1, []
+        for start in range(0, len(sites), 32):
+            chunk = sites[start : start + 32]
+            copies = {
+                name: v[example : example + 1].expand(len(chunk), *v.shape[1:]) for name, v in self.inputs.items()
+            }
+            clean = self.logits(copies, [])
+            edits = [(site, _shaken_copy(copy)) for copy, (_, site) in enumerate(chunk)]
+            changed = self.logits(copies, edits)
+            moved += (changed != clean).any(dim=1).tolist()
+        return moved
+
+    def _gap_of_the_last_state(self) -> float | None:
+        """Return how far the logits are off when all blocks but the last have forgotten their states."""
+        if not self.anatomy.replays:
+            return None
+        replay, last = self.replay, self.anatomy.sites["residual"][-1]
+        outputs = replay.up_to(len(self.blocks) - 1, torch.zeros_like(last.as_it_was(self.states)))
+        # a block that is called several times gives its last output last
+        outputs[last.module][-1] = with_hidden_states(outputs[last.module][-1], last.as_it_was(self.states))
+        with torch.inference_mode(), standing_in(self.module, outputs):
+            return float((forward_logits(self.module, self.inputs) - self.trace.logits).abs().max())
+
+
+_READ: Mapping[Readout, str] = {
+    "first": "of all rows of the last block's output only the first one moves the logits",
+    "last": "of all rows of the last block's output only the last one that is no padding moves the logits",
+    "first-two": "of all rows of the last block's output only the first two move the logits",
+    "mean": "every row of the last block's output that is no padding moves the logits, and their order does not",
+    "mean-but-first": "every row of the last block's output but the first moves the logits, and their order does not",
+    "first-and-mean": "every row of the last block's output moves the logits; the order of all but the first does not",
+}
+
+
+def _shaken_copy(copy: int) -> Edit:
+    def changed(states: Tensor) -> Tensor:
+        states = states.clone()
+        states[copy] = shaken(states[copy])
+        return states
+
+    return changed
