@@ -98,6 +98,12 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "headroom" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/models.md", "CHANGELOG.md"])
+def test_documents_count_the_architectures_of_the_table(name):
+    understood = sum(row.refused is None for row in TABLE)
+    assert re.findall(r"(\d+) kinds", (ROOT / name).read_text()) == [str(understood)]
+
+
 def test_the_python_examples_of_the_page_of_models_run(capsys):
     """With a tiny model of the library and its tokenizer in memory, and with PyTorch's own encoder."""
     own = next(row for row in TABLE if row.name == "nn.TransformerEncoder")

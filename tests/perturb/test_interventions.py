@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from architecture_page import classifier_of
+from architectures import TABLE
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
 
 from synapse.errors import SettingsError
@@ -130,3 +132,48 @@ def test_impossible_interventions_are_refused_in_one_sentence(intervention, mess
     with pytest.raises(SettingsError) as caught, classifier.edited(intervention):
         classifier.predict(planted_examples(3, seed=0))
     assert str(caught.value).startswith(message)
+
+
+def architecture(name):
+    return next(row for row in TABLE if row.name == name)
+
+
+def test_every_scope_edits_the_rows_that_it_names_and_no_others():
+    row = architecture("Llama, left padding")
+    classifier = classifier_of(row)
+    inputs = row.inputs(6, 4)
+    batch = next(batch for batch in classifier.batches(inputs) if len(batch.index) > 1)
+    mask = batch.inputs["attention_mask"].bool()
+    last = torch.zeros_like(mask)
+    last[:, -1] = True  # padded on the left: the last token stands at the end
+    expected = {"readout": last, "all": torch.ones_like(mask), "non-padding": mask}
+    assert not mask.all()
+    for scope, rows in expected.items():
+        states = []
+        with classifier.edited(Mean(Neurons(1, (2, 5)), scope=scope, values=(7.0, 7.0))):
+            handle = classifier.blocks[1].register_forward_hook(lambda _m, _i, output, to=states: to.append(output))
+            classifier.forward(batch)
+            handle.remove()
+        assert torch.equal((states[0][..., [2, 5]] == 7).all(dim=-1), rows)
+
+
+def test_noise_of_an_example_is_the_same_on_whichever_side_its_batch_is_padded():
+    row = architecture("Llama, left padding")
+    classifier = classifier_of(row)
+    inputs = row.inputs(6, 4)
+    edit = Noise(Neurons(1, (2, 5)), scope="all", strength=1.0, deviations=(1.0, 2.0), seed=3)
+    with classifier.edited(edit):
+        together = classifier.predict(inputs)
+        alone = np.concatenate([classifier.predict([one]) for one in inputs])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert np.abs(together - classifier.predict(inputs)).max() > 1e-2
+
+
+def test_a_head_that_reads_the_mean_is_edited_in_every_row_and_zeroing_all_leaves_the_bias():
+    classifier = classifier_of(architecture("T5 encoder, mean pooling"))
+    inputs = architecture("T5 encoder, mean pooling").inputs(5, 4)
+    everything = tuple(range(classifier.width))
+    with classifier.edited(Zero(Neurons(classifier.n_layers - 1, everything))):
+        logits = classifier.predict(inputs)
+    bias = classifier.final.bias.detach().numpy()
+    np.testing.assert_allclose(logits, np.tile(bias, (5, 1)), atol=1e-6)
