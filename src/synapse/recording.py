@@ -70,6 +70,7 @@ def record_components(
             row_deviation=part.moments.deviation(),
             source=examples.fingerprint,
             component=component,
+            reads_several_rows=classifier.anatomy.readout not in ("first", "last"),
         )
         for component, part in taken.items()
     }

@@ -140,7 +140,8 @@ def make_settings(**values: object) -> Settings:
             known = Settings.model_fields
             raise SettingsError(f"There is no setting {name!r}.{near(name, known)}") from error
         reason = problem["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"The setting {name!r} is {problem['input']!r}: {reason}.") from error
+        end = "?" if reason.endswith("?") else "."
+        raise SettingsError(f"The setting {name!r} is {problem['input']!r}: {reason.rstrip('.?')}{end}") from error
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -171,7 +172,5 @@ def _known(names: tuple[str, ...], known: tuple[str, ...], what: str) -> tuple[s
         raise ValueError(f"one or more different {what}s are needed")
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"there is no {what} {name!r}; there are {', '.join(known)}.{near(name, known)}".rstrip(".")
-            )
+            raise ValueError(f"there is no {what} {name!r}; there are {', '.join(known)}.{near(name, known)}")
     return names

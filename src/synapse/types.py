@@ -91,8 +91,9 @@ class Activations:
 
     `values[l, i]` is the component's state in layer `l` at the readout row of example `i` (where the head reads several
     rows: their mean), in float32. `features` is the input of the final linear map, or None where the head does not end
-    in one. `row_mean` and `row_deviation` are each unit's moments over all rows that are no padding. `source` is the
-    fingerprint of the examples: two splits are told apart by it.
+    in one. `row_mean` and `row_deviation` are each unit's moments over all rows that are no padding; where the head
+    `reads_several_rows`, an edit is made in them. `source` is the fingerprint of the examples: two splits are told
+    apart by it.
     """
 
     values: Float[np.ndarray, "layer example unit"]
@@ -104,6 +105,7 @@ class Activations:
     row_mean: Float[np.ndarray, "layer unit"] | None = None
     row_deviation: Float[np.ndarray, "layer unit"] | None = None
     component: Component = "residual"
+    reads_several_rows: bool = False
 
     @property
     def n_layers(self) -> int:

@@ -51,15 +51,17 @@ class Anatomy:
     one was not. `before` are the outermost modules that run before the blocks and can be passed over; `replays` says
     how the outputs of the blocks are given again for chosen examples, and is empty where that is unclear. `head` lists
     what runs after the last block; `final` is the linear map that gives the logits, or None where the head does not end
-    in one. `pads` says whether examples of unequal length may share a batch: padding leaves their logits alone, and
-    which rows it fills is known. `n_tokens` is the number of rows of the longest example that the anatomy was proved
-    on, `shapes` that of its inputs; `n_tokens_follow_length` says whether shorter examples have fewer.
+    in one. `readout_is_proved` is false only where one was given by hand that the head was seen not to keep to. `pads`
+    says whether examples of unequal length may share a batch: padding leaves their logits alone, and which rows it
+    fills is known. `n_tokens` is the number of rows of the longest example that the anatomy was proved on, `shapes`
+    that of its inputs; `n_tokens_follow_length` says whether shorter examples have fewer.
     """
 
     sites: Mapping[Component, tuple[Site, ...]]
     missing: Mapping[Component, str]
     n_heads: int | None
     rows: RowWeights
+    readout_is_proved: bool
     n_tokens: int
     n_tokens_follow_length: bool
     shapes: Mapping[str, torch.Size]

@@ -111,7 +111,7 @@ class Classifier:
         cls,
         model: str | Path,
         *,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
         device: str = "auto",
         max_length: int | None = None,
         dtype: str = "float32",
@@ -153,7 +153,7 @@ class Classifier:
         module: nn.Module,
         *,
         preprocess: Any,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[Any] | None = None,
         sample: Inputs | None = None,
         name: str = "",
         device: str = "auto",
@@ -168,8 +168,8 @@ class Classifier:
 
         `preprocess` turns raw inputs into forward arguments (see `Preprocess`); a tokenizer, an image processor or a
         feature extractor of the model library does as well. `labels` are class names in the order of the logits, by
-        default those of the module's own configuration. `sample` holds two or more raw inputs, best of unequal length,
-        on which the anatomy is found and proved.
+        default those of the module's own configuration. `sample` holds two or more raw inputs, best of unequal length;
+        the anatomy is found and proved on the longest, the shortest, and at most two between.
 
         Findings can be given by hand: `blocks` by their names in `module.named_modules()` or one pattern such as
         `encoder.layer.*`; `readout`, see `synapse.types.Readout`; `mlp` and `attention` as names, inside a
@@ -184,7 +184,7 @@ class Classifier:
         if module.training:
             raise ModelError("The module is in training mode, so its answers are random; call `module.eval()` first.")
         preprocess = preprocess_for(preprocess, module)
-        names = _checked_labels(_own_labels(module) if labels is None else tuple(labels))
+        names = _checked_labels(_own_labels(module) if labels is None else labels)
         if sample is None:
             sample = preprocess.samples() if hasattr(preprocess, "samples") else ()
         if len(sample) < 2:
@@ -194,13 +194,13 @@ class Classifier:
         place = choose_device(device)
         module.to(place)
         lengths = _lengths(preprocess, sample)
-        longest_first = np.argsort(-lengths, kind="stable")
+        tried = _few(lengths)
         with study_mode(module):
             anatomy = find_anatomy(
                 module,
-                _on(place, preprocess(_chosen(sample, longest_first))),
+                _on(place, _checked_tensors(preprocess(_chosen(sample, tried)), len(tried))),
                 len(names),
-                alone=_on(place, preprocess(_chosen(sample, longest_first[-1:]))),
+                alone=_on(place, preprocess(_chosen(sample, tried[-1:]))),
                 overrides=Overrides(blocks, readout, mlp, attention, final),
             )
         if hasattr(preprocess, "lengths") and len(np.unique(lengths)) == 1:
@@ -445,7 +445,12 @@ def _digest_value(digest: Any, name: str, value: Any) -> None:
     digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
 
 
-def _checked_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+def _checked_labels(given: Sequence[Any]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise SettingsError(
+            f"The labels are the text {given!r}; a list of names, in the order of the logits, was expected."
+        )
+    labels = tuple(str(label) for label in given)
     if len(labels) < 2 or len(set(labels)) < len(labels) or "" in labels:
         raise SettingsError(
             f"The labels are {list(labels)}; two or more distinct, non-empty names in the order of the logits were "
@@ -455,10 +460,37 @@ def _checked_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _own_labels(module: nn.Module) -> tuple[str, ...]:
-    names = getattr(getattr(module, "config", None), "id2label", None)
-    if not names:
+    names = getattr(getattr(module, "config", None), "id2label", None) or {}
+    if not names or set(names) != set(range(len(names))):
         raise SettingsError("The module names no classes of its own; pass `labels=`, in the order of the logits.")
     return tuple(str(names[position]) for position in range(len(names)))
+
+
+def _few(lengths: Int[np.ndarray, "example"]) -> Int[np.ndarray, "tried"]:
+    """Return up to four positions, the longest example first and the shortest last; two where all are of one length."""
+    longest_first: Int[np.ndarray, "example"] = np.argsort(-lengths, kind="stable")
+    n = min(4 if len(np.unique(lengths)) > 1 else 2, len(lengths))
+    tried: Int[np.ndarray, "tried"] = longest_first[np.linspace(0, len(lengths) - 1, n).astype(int)]
+    return tried
+
+
+def _checked_tensors(tensors: Any, n_examples: int) -> Mapping[str, Tensor]:
+    """Refuse what a preprocess should not return."""
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise SettingsError(
+            f"`preprocess` returned a {type(tensors).__name__}; a dictionary of tensors by the names of the forward's "
+            "arguments was expected."
+        )
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n_examples:
+            seen = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
+            raise SettingsError(
+                f"`preprocess` returned {seen} as {name!r} for {n_examples} examples; a tensor with the example first "
+                "was expected. Bind what is the same for all examples with functools.partial, or in a wrapper module."
+            )
+    return tensors
 
 
 def _weight_notes(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:

@@ -53,35 +53,44 @@ def find_anatomy(
         )
     one_more = traced(module, {name: torch.cat([value, value[:1]]) for name, value in inputs.items()})
     blocks, residual = _find_blocks(trace, one_more, overrides.blocks)
+    before = _find_before(trace, one_more, blocks[0])
+    # Once more, with the values of what the proofs look at: those of all calls would fill the memory.
+    behind = {call.name for call in trace.calls if call.started > blocks[-1].ended}
+    wanted = behind | {call.name for call in blocks} | {part.module for part in before}
+    with_values = traced(module, inputs, keep=wanted.__contains__)
+    calls = {(call.name, call.index): call for call in with_values.calls}
     found = Anatomy(
         sites={"residual": residual},
         missing={},
         n_heads=None,
         rows=RowWeights("mean", None),
+        readout_is_proved=True,
         n_tokens=residual[-1].rows_first(hidden_states(blocks[-1].output), len(trace.logits)).shape[1],
         n_tokens_follow_length=alone is not None and _shapes(alone) != _shapes(inputs),
         shapes=_shapes(inputs),
         pads=True,
-        before=_find_before(trace, one_more, blocks[0]),
+        before=before,
         replays=_find_replays(blocks, one_more),
         head=tuple(call.name for call in trace.after(blocks[-1])),
         final=None,
         proofs={},
     )
-    lab = Laboratory(module, found, inputs, trace, blocks)
+    blocks = [calls[call.name, call.index] for call in blocks]
+    lab = Laboratory(module, found, inputs, with_values, blocks, alone)
     gap = lab.prove_blocks()
     rows = _find_rows(lab, cast(Readout | None, overrides.readout))
     lab = lab.with_anatomy(
         rows=rows,
+        readout_is_proved=overrides.readout is None or lab.readout_trial(rows.mask).holds(rows.readout),
         pads=alone is None or not found.n_tokens_follow_length or _may_be_padded(lab, rows, alone),
     )
-    final = _find_final(trace, lab, overrides.final)
+    final = _find_final(lab, overrides.final)
     inner = find_inner_sites(module, trace, inputs, blocks, residual, mlp=overrides.mlp, attention=overrides.attention)
     sites, missing = dict(inner.sites), dict(inner.missing)
     if final is None:
-        missing["pooler"] = "the head does not end in a linear map"
+        missing["pooler"] = "the head does not end in a linear map with weights of its own"
     else:
-        sites["pooler"] = (_pooler_site(final),)
+        sites["pooler"] = (_pooler_site(final, lab),)
     ordered = {name: {"residual": residual, **sites}[name] for name in COMPONENTS if name in {"residual", *sites}}
     lab = lab.with_anatomy(
         sites=ordered, missing=missing, n_heads=inner.n_heads, final=None if final is None else final.name
@@ -170,7 +179,26 @@ def _likely_blocks(candidates: Sequence[_Candidate], trace: Trace) -> list[_Cand
     weights = [sum(p.numel() for call, _ in group for p in call.module.parameters()) for group in outer]
     # An encoder and a decoder, or stages of several widths: the head reads what runs last.
     heavy = [group for group, n in zip(outer, weights, strict=True) if n >= 0.1 * max(weights)]
-    return max(heavy, key=lambda group: group[-1][0].ended)
+    chosen = max(heavy, key=lambda group: group[-1][0].ended)
+    _refuse_parts_of_a_block(chosen, candidates)
+    return chosen
+
+
+def _refuse_parts_of_a_block(chosen: Sequence[_Candidate], candidates: Sequence[_Candidate]) -> None:
+    """Refuse numbered modules that lie in one larger module of the same kind of output, and hold little of its weights.
+
+    Blocks whose names carry no number leave such modules, two norms for example, as the only numbered ones.
+    """
+    own = sum(parameter.numel() for call, _ in chosen for parameter in call.module.parameters())
+    around = [c for c, _ in candidates if all(call.is_inside(c) for call, _ in chosen)]
+    for call in sorted(around, key=lambda call: call.ended - call.started)[:1]:
+        every = sum(parameter.numel() for parameter in call.module.parameters())
+        if own < every / 2:
+            raise AnatomyError(
+                f"The only numbered modules that keep one shape, {', '.join(c.name for c, _ in chosen)}, hold "
+                f"{own / every:.0%} of the weights of {call.name!r} around them; whole blocks were expected. Keep the "
+                "blocks in an nn.ModuleList, or name them with `blocks=`."
+            )
 
 
 def _find_before(trace: Trace, one_more: Trace, first_block: Call) -> tuple[Replayable, ...]:
@@ -181,7 +209,9 @@ def _find_before(trace: Trace, one_more: Trace, first_block: Call) -> tuple[Repl
     for call in calls:
         other = second.get((call.name, call.index))
         found.append(None if other is None else replayable(call, call.output, other.output))
-    unclear = {call.name for call, part in zip(calls, found, strict=True) if part is None}
+    run = [call for call, part in zip(calls, found, strict=True) if part is None]
+    # What runs calls its own parts: those are computed too, or the count of calls would be another.
+    unclear = {call.name for call in run} | {inner.name for call in run for inner in trace.inside(call)}
     return tuple(part for part in found if part is not None and part.module not in unclear)
 
 
@@ -211,23 +241,25 @@ def _find_rows(lab: Laboratory, given: Readout | None) -> RowWeights:
 
 
 def _find_mask(lab: Laboratory) -> Mask | None:
-    """Return the input that tells padding rows: changing those after the first block moves nothing."""
+    """Return the input that tells padding rows: changing those before the first block moves nothing."""
     n_tokens, first = lab.states.shape[1], lab.anatomy.sites["residual"][0]
+    entrance = replace(first, side="input", argument=lab.blocks[0].argument)
     for mask in _possible_masks(lab.inputs, n_tokens):
         padding = ~RowWeights("mean", mask).rows(lab.inputs, n_tokens)
 
         def changed(states: Tensor, padding: Tensor = padding) -> Tensor:
             return torch.where(padding[..., None], shaken(states), states)
 
-        moved = (lab.logits(lab.inputs, [(first, changed)]) - lab.trace.logits).abs().max()
+        moved = (lab.logits(lab.inputs, [(entrance, changed)]) - lab.trace.logits).abs().max()
         if not padding.all(dim=1).any() and moved <= lab.tolerance:
             return mask
     return None
 
 
 def _possible_masks(inputs: Inputs, n_tokens: int) -> Iterator[Mask]:
-    """Yield the readings of inputs of zeros and ones, of which both occur; the usual mask may be all ones."""
-    for name, value in inputs.items():
+    """Yield the readings of inputs of zeros and ones, of which both occur; the usual mask comes first, even if all
+    ones."""
+    for name, value in sorted(inputs.items(), key=lambda item: item[0] != MASK):
         is_mask = value.ndim == 2 and value.shape[1] <= n_tokens and bool(((value == 0) | (value == 1)).all())
         if is_mask and (name == MASK or bool((value == 0).any() and (value == 1).any())):
             for there in (1, 0):
@@ -235,21 +267,17 @@ def _possible_masks(inputs: Inputs, n_tokens: int) -> Iterator[Mask]:
                 yield Mask(name, there, "back")
 
 
-def _find_final(trace: Trace, lab: Laboratory, given: str | None) -> Call | None:
+def _find_final(lab: Laboratory, given: str | None) -> Call | None:
     """Return the call of the linear map whose output is the logits, at the readout row if it maps every row."""
-    logits = trace.logits
-    for call in reversed(trace.calls):
-        output = call.output
-        weight = getattr(call.module, "weight", None)
-        is_linear = isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == logits.shape[1]
-        if not isinstance(output, Tensor) or call.input is None or call.input.ndim not in (2, 3) or not is_linear:
+    logits, last = lab.trace.logits, lab.blocks[-1]
+    for call in reversed(lab.trace.calls):
+        # A weight that is computed anew in every pass (a parametrisation) cannot be edited, so it is none.
+        weight = dict(call.module.named_parameters(recurse=False)).get("weight")
+        is_linear = weight is not None and weight.ndim == 2 and weight.shape[0] == logits.shape[1]
+        if call.started < last.ended or not is_linear or (given is not None and call.name != given):
             continue
-        if given is not None and call.name != given:
-            continue
-        if output.ndim == 3:
-            weights = lab.anatomy.rows(lab.inputs, output.shape[1])
-            output = output[weights == 1] if bool(((weights == 0) | (weights == 1)).all()) else output.new_empty(0)
-        if output.shape == logits.shape and torch.equal(output, logits):
+        output = _at_readout(call, lab)
+        if output is not None and output.shape == logits.shape and torch.equal(output, logits):
             return call
     if given is not None:
         raise AnatomyError(
@@ -259,7 +287,26 @@ def _find_final(trace: Trace, lab: Laboratory, given: str | None) -> Call | None
     return None
 
 
-def _pooler_site(final: Call) -> Site:
+def _at_readout(call: Call, lab: Laboratory) -> Tensor | None:
+    """Return the output of a map at the readout row, or None where that has no such row."""
+    output = call.output
+    if not isinstance(output, Tensor) or call.input is None or output.ndim not in (2, 3):
+        return None
+    if output.ndim == 2:
+        return output
+    n_examples, n_tokens = lab.states.shape[:2]
+    if output.shape[:2] == (n_tokens, n_examples) and lab.anatomy.sites["residual"][-1].layout == "token example unit":
+        output = output.transpose(0, 1)
+    if output.shape[:2] != (n_examples, n_tokens):
+        return None
+    weights = lab.anatomy.rows(lab.inputs, n_tokens)
+    is_one_row = bool(((weights == 0) | (weights == 1)).all())
+    return output[weights == 1] if is_one_row else None
+
+
+def _pooler_site(final: Call, lab: Laboratory) -> Site:
     assert final.input is not None
     layout: Layout = "example unit" if final.input.ndim == 2 else "example token unit"
-    return Site(final.name, int(final.input.shape[-1]), layout, final.index, "input")
+    if final.input.ndim == 3 and len(final.input) != len(lab.states):
+        layout = "token example unit"
+    return Site(final.name, int(final.input.shape[-1]), layout, final.index, "input", argument=final.argument)

@@ -1,7 +1,7 @@
 """Edit what passes a site in a forward pass, and stand in for modules; both undo themselves, also after an error."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class Site:
     call: int = 0
     side: Literal["output", "input"] = "output"
     within: tuple[str, int] | None = None
+    argument: int | str = 0
+    """Which argument of the call a site at its input is, by position or name."""
 
     def rows_first(self, values: Tensor, n_examples: int) -> Tensor:
         """Return the model's tensor as (example, token, unit); a site without rows has one."""
@@ -60,8 +62,10 @@ def hidden_states(output: Any) -> Tensor:
     return first
 
 
-def with_hidden_states(output: Any, states: Tensor | None) -> Any:
+def with_hidden_states(output: Any, states: Any) -> Any:
     """Return the output with its hidden states replaced."""
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(states, *output[1:])
     if isinstance(output, (tuple, list)):
         return type(output)([states, *output[1:]])
     return states
@@ -143,12 +147,12 @@ class _EditedSite:
     def at_input(self, _module: nn.Module, arguments: Any, options: Any) -> Any:
         if not self._is_reached():
             return None
-        if arguments:
-            values = self._edited(arguments[0])
-            return None if values is None else ((values, *arguments[1:]), options)
-        name = next(key for key, value in options.items() if isinstance(value, Tensor))
-        values = self._edited(options[name])
-        return None if values is None else (arguments, {**options, name: values})
+        where = self.site.argument
+        if isinstance(where, str):
+            values = self._edited(options[where])
+            return None if values is None else (arguments, {**options, where: values})
+        values = self._edited(arguments[where])
+        return None if values is None else ((*arguments[:where], values, *arguments[where + 1 :]), options)
 
     def at_output(self, _module: nn.Module, _arguments: Any, output: Any) -> Any:
         if not self._is_reached():
@@ -212,16 +216,19 @@ class _StandIn:
 def study_mode(root: nn.Module) -> Iterator[None]:
     """Turn off what would hide the blocks or waste memory, for the time being.
 
-    PyTorch's fused encoder kernel skips hooks (pytorch/pytorch#128413), and decoders fill a cache for generation.
+    PyTorch's fused encoder kernel skips hooks (pytorch/pytorch#128413), as compiled modules do, and decoders fill a
+    cache for generation.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     configs: dict[int, Any] = {id(config): config for m in root.modules() if (config := getattr(m, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    is_compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in root.modules())
     torch.backends.mha.set_fastpath_enabled(False)
     for config in cached:
         config.use_cache = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for config in cached:

@@ -7,8 +7,8 @@ in the first block is looked up by its place in the others, which are of the sam
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,7 @@ class _Map:
     in_width: int
     out_width: int
     layout: Layout
+    argument: int | str
     mixed: bool
     mixes: bool
 
@@ -97,7 +98,8 @@ def find_inner_sites(
 def _site(found: _Map, side: Literal["input", "output"], block: Call) -> Site:
     width = found.in_width if side == "input" else found.out_width
     name = f"{block.name}.{found.path}"
-    return Site(name, width, found.layout, found.call, side, within=(block.name, block.index))
+    inside = (block.name, block.index)
+    return Site(name, width, found.layout, found.call, side, within=inside, argument=found.argument)
 
 
 def _is_in(site: Site, trace: Trace) -> bool:
@@ -113,35 +115,81 @@ def _is_in(site: Site, trace: Trace) -> bool:
 def _maps(root: nn.Module, inputs: Inputs, block: Call, residual: Site) -> list[_Map]:
     """Return the maps of a block in call order, and whether rows further down notice a change of the first one."""
     one = {name: value[:1] for name, value in inputs.items()}  # the longest example: none of its rows is padding
-    entrance = Site(block.name, residual.width, residual.layout, block.index, "input")
-    clean = _calls_inside(traced(root, one), block)
+    entrance = replace(residual, module=block.name, call=block.index, side="input", argument=block.argument)
+    clean = _calls_inside(root, one, block)
     with edited_sites(root, [(entrance, _with_first_row_changed)]):
-        changed = _calls_inside(traced(root, one), block)
-    states = hidden_states(clean["", 0].output)
-    found = []
-    for (path, index), call in clean.items():
-        if not path or not _is_map(call, clean):
-            continue
+        changed = _calls_inside(root, one, block)
+    states, found = hidden_states(clean["", 0].output), []
+    for (path, index), call in _map_calls(clean, states, residual).items():
         assert call.input is not None
-        output, layout = hidden_states(call.output), _layout(call.input, states, residual)
-        if layout is not None and output.shape[:-1] == call.input.shape[:-1]:
-            again = changed[path, index]
-            found.append(
-                _Map(
-                    path,
-                    index,
-                    int(call.input.shape[-1]),
-                    int(output.shape[-1]),
-                    layout,
-                    mixed=_further_rows_differ(call.input, again.input),
-                    mixes=_further_rows_differ(output, hidden_states(again.output)),
-                )
+        output, layout, again = hidden_states(call.output), _layout(call.input, states, residual), changed[path, index]
+        assert layout is not None
+        found.append(
+            _Map(
+                path,
+                index,
+                int(call.input.shape[-1]),
+                int(output.shape[-1]),
+                layout,
+                call.argument,
+                mixed=_further_rows_differ(call.input, again.input),
+                mixes=_further_rows_differ(output, hidden_states(again.output)),
             )
+        )
     return found
 
 
-def _calls_inside(trace: Trace, block: Call) -> dict[tuple[str, int], Call]:
+def _map_calls(calls: Mapping[tuple[str, int], Call], states: Tensor, residual: Site) -> dict[tuple[str, int], Call]:
+    """Return the calls that map every row: modules that call no other one, or wrappers that are linear as a whole."""
+    rowwise = {
+        key: call
+        for key, call in calls.items()
+        if key[0] and _maps_rows(call) and _layout(call.input, states, residual)
+    }
+    is_leaf = {key: not any(other.is_inside(call) for other in calls.values()) for key, call in rowwise.items()}
+    # A low-rank addition to a linear map stands beside it in a module of its own; that module is the map.
+    wrappers = [call for key, call in rowwise.items() if not is_leaf[key] and _is_linear(call)]
+    return {
+        key: call
+        for key, call in rowwise.items()
+        if (is_leaf[key] or call in wrappers) and not any(call.is_inside(wrapper) for wrapper in wrappers)
+    }
+
+
+def _maps_rows(call: Call) -> bool:
+    """Whether the call is one of a module with a matrix of weights that keeps all axes but the last."""
+    weights = [parameter for parameter in call.module.parameters() if parameter.numel() > 1]
+    is_elementwise = bool(weights) and all(weight.ndim < 2 for weight in weights)  # a norm or a scale
+    output = call.output[0] if isinstance(call.output, tuple) and call.output else call.output
+    return (
+        not is_elementwise
+        # Quantised maps keep their weights packed, as state that is no parameter.
+        and bool(call.module.state_dict())
+        and call.input is not None
+        and call.input.is_floating_point()
+        and isinstance(output, Tensor)
+        and output.shape[:-1] == call.input.shape[:-1]
+    )
+
+
+def _is_linear(call: Call) -> bool:
+    """Whether f(x + y) + f(0) = f(x) + f(y) for the module of a call that was given one tensor and nothing else."""
+    if call.n_tensors != 1 or not isinstance(call.output, Tensor) or call.input is None:
+        return False
+    x = call.input
+    y = shaken(x.flip(-1))
+    try:
+        with torch.inference_mode():
+            both, nothing, first, second = (call.module(value) for value in (x + y, torch.zeros_like(x), x, y))
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants more than the tensor
+        return False
+    scale = 1e-4 * (1 + float(both.abs().max()))
+    return float((both + nothing - first - second).abs().max()) <= scale
+
+
+def _calls_inside(root: nn.Module, inputs: Inputs, block: Call) -> dict[tuple[str, int], Call]:
     """Return the block's call, named "", and those inside it, by their name there and their number."""
+    trace = traced(root, inputs, keep=lambda name: f"{name}.".startswith(f"{block.name}."))
     outer = next(call for call in trace.calls if (call.name, call.index) == (block.name, block.index))
     calls, counts = {("", 0): outer}, Counter[str]()
     for call in trace.inside(outer):
@@ -149,22 +197,6 @@ def _calls_inside(trace: Trace, block: Call) -> dict[tuple[str, int], Call]:
         calls[path, counts[path]] = call
         counts[path] += 1
     return calls
-
-
-def _is_map(call: Call, others: Mapping[tuple[str, int], Call]) -> bool:
-    """Whether the call is one of a module with a matrix of weights, and calls no other module."""
-    weights = [parameter for parameter in call.module.parameters() if parameter.numel() > 1]
-    is_elementwise = bool(weights) and all(weight.ndim < 2 for weight in weights)  # a norm or a scale
-    first = call.output[0] if isinstance(call.output, tuple) and call.output else call.output
-    return (
-        not is_elementwise
-        # Quantised maps keep their weights packed, as state that is no parameter.
-        and bool(call.module.state_dict())
-        and call.input is not None
-        and call.input.is_floating_point()
-        and isinstance(first, Tensor)
-        and not any(other.is_inside(call) for other in others.values())
-    )
 
 
 def _with_first_row_changed(states: Tensor) -> Tensor:
@@ -180,7 +212,8 @@ def _further_rows_differ(clean: Tensor, changed: Tensor | None) -> bool:
     return not torch.allclose(rows, other, rtol=1e-4, atol=1e-6)
 
 
-def _layout(values: Tensor, states: Tensor, residual: Site) -> Layout | None:
+def _layout(values: Tensor | None, states: Tensor, residual: Site) -> Layout | None:
+    assert values is not None
     if values.ndim == 3 and values.shape[:2] == states.shape[:2]:
         return residual.layout
     is_flat = values.ndim == 2 and len(values) == states.shape[0] * states.shape[1]
@@ -236,7 +269,7 @@ def _count_heads(root: nn.Module, inputs: Inputs, site: Site) -> int | None:
         kept: list[Tensor] = []
         mode = _WeakenedHeads(copies, weakened)
         keep = [(site, lambda states: kept.append(states.clone()))]
-        with edited_sites(root, keep), _only_inside(root, site, mode), torch.no_grad():
+        with edited_sites(root, keep), _only_inside(root, site, mode), torch.no_grad(), suppress(_BlockEndedError):
             forward_logits(root, repeated)
         return kept, mode.n_heads
 
@@ -252,6 +285,10 @@ def _count_heads(root: nn.Module, inputs: Inputs, site: Site) -> int | None:
     own = torch.eye(n_heads, dtype=torch.bool, device=moved.device)
     scale = 1e-5 * (1e-6 + clean.abs().max())
     return n_heads if bool((moved[own] > scale).all()) and bool((moved[~own] <= scale).all()) else None
+
+
+class _BlockEndedError(Exception):
+    """Nothing above the first block is of interest."""
 
 
 class _WeakenedHeads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -298,10 +335,13 @@ def _only_inside(root: nn.Module, site: Site, mode: _WeakenedHeads) -> Iterator[
     def leave(*_: Any) -> None:
         mode.is_inside = False
 
+    def end(*_: Any) -> None:
+        raise _BlockEndedError
+
     handles = [
         block.register_forward_pre_hook(enter),
         projection.register_forward_pre_hook(leave),
-        block.register_forward_hook(leave),
+        block.register_forward_hook(end),
     ]
     try:
         with mode:

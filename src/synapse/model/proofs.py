@@ -26,6 +26,9 @@ from synapse.model.readout import Mask, ReadoutTrial, RowWeights
 from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits
 from synapse.types import Component, Readout
 
+_NUMBERS = 3_000_000
+"""Numbers in one block output of copies that share a pass, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Laboratory:
@@ -36,6 +39,7 @@ class Laboratory:
     inputs: Inputs
     trace: Trace
     blocks: Sequence[Call]
+    alone: Inputs | None = None
 
     def with_anatomy(self, **findings: Any) -> "Laboratory":
         """Return the same with further findings."""
@@ -55,7 +59,7 @@ class Laboratory:
     def head_logits(self, example: int, states: Float[Tensor, "copy token unit"]) -> Float[Tensor, "copy label"]:
         """Return what the head says of copies of an example, with these states after the last block."""
         found = []
-        size = max(1, 2_000_000 // max(1, states[0].numel()))
+        size = max(1, _NUMBERS // states[0].numel())
         for start in range(0, len(states), size):
             chunk = states[start : start + size]
             copies = torch.full((len(chunk),), example, device=states.device)
@@ -101,7 +105,7 @@ class Laboratory:
                 f"The last block's output and the head give logits {gap:.1e} away from the model's own; at most "
                 f"{self.tolerance:.0e} was expected. The head seems to read something else than the last block's "
                 f"output (the blocks found: {', '.join(self.anatomy.blocks)}): name the blocks with `blocks=`, the "
-                "last of them all that the head reads."
+                "last of them all that the head reads. Hooks of yours that change what the blocks return must go first."
             )
         changed = self.logits(self.inputs, [(self.anatomy.sites["residual"][-1], shaken)])
         if torch.equal(changed, self.trace.logits):
@@ -116,7 +120,7 @@ class Laboratory:
     def tolerance(self) -> float:
         """Largest difference of logits that rounding explains, in the precision of the logits."""
         eps = max(torch.finfo(self.trace.logits.dtype).eps, torch.finfo(self.states.dtype).eps)
-        return max(1e-5, 64 * eps) * (1 + float(self.trace.logits.abs().max()))
+        return max(1e-5, 8 * eps) * (1 + float(self.trace.logits.abs().max()))
 
     def proofs(self, gap: float | None) -> dict[str, str]:
         """Return what was proved, as sentences; `gap` is what `prove_blocks` found.
@@ -144,7 +148,9 @@ class Laboratory:
             "sensitivity": "changing the values of any site moves the logits ("
             + ", ".join(f"{n} {name}" for name, n in counted.items())
             + ")",
-            "readout": self.readout_sentence(),
+            "readout": _READ[self.anatomy.readout]
+            if self.anatomy.readout_is_proved
+            else f"given by hand as {self.anatomy.readout}; the head was seen to read otherwise",
             "head": "not tried: what the blocks return beside their states cannot be given again"
             if gap is None
             else f"last recorded state and head give the model's own logits (largest difference {gap:.0e})",
@@ -158,20 +164,14 @@ class Laboratory:
         there = RowWeights("mean", mask).rows(self.inputs, self.states.shape[1])[example]
         return ReadoutTrial(there, self.states[example], partial(self.head_logits, example))
 
-    def readout_sentence(self) -> str:
-        """Return what the readout was seen to be; one given by hand may not be all that the head reads."""
-        readout = self.anatomy.readout
-        holds = self.readout_trial(self.anatomy.rows.mask).holds(readout)
-        return _READ[readout] if holds else f"given by hand as {readout}; the head was seen to read otherwise"
-
     def _moved(self, sites: Sequence[tuple[Component, Site]]) -> list[bool]:
         """Return for every site whether its change moves the logits: a copy of one example for each, many in a pass."""
-        example, moved = len(self.trace.logits) - 1, []
-        for start in range(0, len(sites), 32):
-            chunk = sites[start : start + 32]
-            copies = {
-                name: v[example : example + 1].expand(len(chunk), *v.shape[1:]) for name, v in self.inputs.items()
-            }
+        shortest = {name: v[-1:] for name, v in self.inputs.items()} if self.alone is None else self.alone
+        size = max(1, min(32, _NUMBERS // self.states[0].numel()))
+        moved = []
+        for start in range(0, len(sites), size):
+            chunk = sites[start : start + size]
+            copies = {name: v.expand(len(chunk), *v.shape[1:]) for name, v in shortest.items()}
             clean = self.logits(copies, [])
             edits = [(site, _shaken_copy(copy)) for copy, (_, site) in enumerate(chunk)]
             changed = self.logits(copies, edits)

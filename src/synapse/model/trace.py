@@ -22,13 +22,17 @@ Inputs = Mapping[str, Tensor]
 class Call:
     """One call of a module; `started` and `ended` count the events of all calls, in order.
 
-    `index` counts the calls of this module, from 0. `input` is the first tensor among the arguments, if there is one.
+    `index` counts the calls of this module, from 0. `input` is the argument that has the shape of what came out, or the
+    first tensor among them; `argument` is its position or name, and `n_tensors` how many tensors there were. Tensors of
+    calls that were not to be kept have a shape and a type, but no values.
     """
 
     name: str
     index: int
     module: nn.Module
     input: Tensor | None
+    argument: int | str
+    n_tensors: int
     output: Any
     started: int
     ended: int
@@ -75,10 +79,10 @@ def forward_logits(module: nn.Module, inputs: Inputs) -> Float[Tensor, "example 
     return logits
 
 
-def traced(root: nn.Module, inputs: Inputs) -> Trace:
-    """Return the trace of one forward pass."""
+def traced(root: nn.Module, inputs: Inputs, keep: Callable[[str], bool] = lambda _name: False) -> Trace:
+    """Return the trace of one forward pass, with the tensors of the modules that are to be kept."""
     with ExitStack() as stack:
-        tracer = _Tracer()
+        tracer = _Tracer(keep)
         for name, module in root.named_modules():
             if name:
                 started, ended = partial(tracer.started, name), partial(tracer.ended, name)
@@ -92,24 +96,43 @@ def traced(root: nn.Module, inputs: Inputs) -> Trace:
 class _Tracer:
     """Collects the calls of a pass; `running` holds the calls of every module that have not ended yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[str], bool]) -> None:
+        self.keep = keep
         self.calls: list[Call] = []
-        self.running: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
+        self.running: dict[str, list[tuple[int, dict[int | str, Tensor]]]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
         self.events = 0
 
     def started(self, name: str, _module: nn.Module, arguments: Any, options: Any) -> None:
-        tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
-        self.running[name].append((self.events, tensors[0].clone() if tensors else None))
+        given: dict[int | str, Any] = {**dict(enumerate(arguments)), **options}
+        tensors = {where: self._kept(name, value) for where, value in given.items() if isinstance(value, Tensor)}
+        self.running[name].append((self.events, tensors))
         self.events += 1
 
     def ended(self, name: str, module: nn.Module, _arguments: Any, output: Any) -> None:
-        started, first = self.running[name].pop()
-        # Copies: what works in place would change what was returned before it.
-        kept = with_tensors(output, [tensor.clone() for tensor in tensors_in(output)])
-        self.calls.append(Call(name, self.counts[name], module, first, kept, started, self.events))
+        started, tensors = self.running[name].pop()
+        returned = tensors_in(output)
+        alike = [where for where, value in tensors.items() if returned and value.shape == returned[0].shape]
+        argument = next(iter([*alike, *tensors]), 0)
+        kept = with_tensors(output, [self._kept(name, tensor) for tensor in returned])
+        call = Call(
+            name,
+            self.counts[name],
+            module,
+            tensors.get(argument),
+            argument,
+            len(tensors),
+            kept,
+            started,
+            self.events,
+        )
+        self.calls.append(call)
         self.counts[name] += 1
         self.events += 1
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        # Copies: what works in place would change what was returned before it.
+        return tensor.clone() if self.keep(name) else torch.empty_like(tensor, device="meta")
 
 
 def outermost(calls: Sequence[Call]) -> list[Call]:
@@ -180,7 +203,7 @@ class Replayable:
 def replayable(call: Call, output: Any, with_one_more: Any) -> Replayable | None:
     """Return how to replay an output of a call, by comparing it with that for one example more; None if unclear."""
     first, second = tensors_in(output), tensors_in(with_one_more)
-    if len(first) != len(second):
+    if len(first) != len(second) or not _is_plain(output):
         return None
     axes = [example_axis(a, b) for a, b in zip(first, second, strict=True)]
     return None if -1 in axes else Replayable(call.name, call.index, tuple(axes))
@@ -216,6 +239,15 @@ class Replay:
             assert states is not None
             outputs.setdefault(part.module, []).append(with_hidden_states(output, states))
         return outputs
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether all that a value holds is seen: an object of another kind may hide tensors."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return all(_is_plain(entry) for entry in value.values())
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def example_axis(tensor: Tensor, with_one_more: Tensor) -> int | None:

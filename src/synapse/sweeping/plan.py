@@ -188,18 +188,15 @@ class Reach:
     component: Component
     n_layers: int
     n_blocks: int
+    is_proved: bool
     reads_every_row: bool
 
     @classmethod
     def of(cls, classifier: Classifier, component: Component) -> "Reach":
         """Return the reach of a classifier's component."""
-        anatomy = classifier.anatomy
-        return cls(
-            component,
-            len(classifier.sites(component)),
-            classifier.n_layers,
-            anatomy.readout in ("mean", "first-and-mean"),
-        )
+        anatomy, n_layers = classifier.anatomy, len(classifier.sites(component))
+        every = anatomy.readout in ("mean", "first-and-mean")
+        return cls(component, n_layers, classifier.n_layers, anatomy.readout_is_proved, every)
 
     def blocks_run(self, layer: int) -> int:
         """Return how many blocks run when a run starts at this layer."""
@@ -208,13 +205,13 @@ class Reach:
         return self.n_blocks - layer - (1 if self.component == "residual" else 0)
 
     def scope(self, layer: int, scope: Scope, kind: Kind) -> Scope:
-        """Return `readout` for a scope that comes to the same, as was proved on load.
+        """Return `readout` for a scope that comes to the same, where the readout was proved on load.
 
         The head reads the readout row of the last block's output only; the input of the final map has no other rows
         that matter; a head that reads the mean has every row that is no padding for its readout rows.
         """
         # Means and deviations of `all` are taken over all rows, so those kinds stay apart.
-        if kind.name in _MOMENT_KINDS and scope in ("all", "non-padding"):
+        if not self.is_proved or (kind.name in _MOMENT_KINDS and scope in ("all", "non-padding")):
             return scope
         is_read = self.component in ("residual", "pooler") and layer == self.n_layers - 1
         is_every_row = self.reads_every_row and scope in ("all", "non-padding")
@@ -275,8 +272,9 @@ def merged_runs(cells: Sequence[Cell], n_examples: int, reach: Reach) -> list[Ru
 def _moments(
     reference: Activations, layer: int, scope: Scope
 ) -> tuple[Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
-    """Return mean and deviation of every unit over the rows that the scope edits."""
-    if scope in ("all", "non-padding"):
+    """Return mean and deviation of every unit over the rows that the scope edits: of one row, or of all that are
+    there."""
+    if scope in ("all", "non-padding") or reference.reads_several_rows:
         if reference.row_mean is None or reference.row_deviation is None:
             raise SettingsError("The activations carry no moments over all rows; record them again with `record`.")
         return reference.row_mean[layer], reference.row_deviation[layer]
