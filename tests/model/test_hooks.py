@@ -89,8 +89,8 @@ def test_the_input_of_a_module_can_be_edited_wherever_it_stands_among_the_argume
             return self.layer(x) + self.layer(input=x)
 
     model, x = Model(), torch.randn(2, 3)
-    for call in (0, 1):
-        site = Site("layer", 3, "example unit", call, "input")
+    for call, argument in ((0, 0), (1, "input")):
+        site = Site("layer", 3, "example unit", call, "input", argument=argument)
         with edited_sites(model, [(site, lambda states: states * 2)]):
             torch.testing.assert_close(model(x), model.layer(x) + model.layer(2 * x))
 

@@ -21,12 +21,14 @@ from synapse.model.discovery import find_anatomy
 from synapse.model.hooks import Site, study_mode
 from synapse.model.preprocess import preprocess_for
 from synapse.model.pretrained import load_classifier
-from synapse.model.readout import MASK
 from synapse.model.trace import forward_logits
 from synapse.types import COMPONENTS, Scope
 
 Inputs = Sequence[Any] | np.ndarray
 """Raw inputs, one entry (or one row) an example: texts, pairs of texts, token ids, paths, arrays."""
+
+_MOST_SAMPLES = 64
+"""Samples among which those of unequal length are looked for."""
 
 STATE_NUMBERS = {"cpu": 400_000, "cuda": 25_000_000}
 """Numbers in one block output of a forward pass, at most."""
@@ -193,6 +195,7 @@ class Classifier:
             )
         place = choose_device(device)
         module.to(place)
+        sample = sample[:_MOST_SAMPLES]
         lengths = _lengths(preprocess, sample)
         tried = _few(lengths)
         with study_mode(module):
@@ -504,11 +507,12 @@ def _weight_notes(module: nn.Module, anatomy: Anatomy) -> Iterator[str]:
 
 
 def _lengths(preprocess: Any, sample: Inputs) -> Int[np.ndarray, "example"]:
-    """Return the sample's lengths; all 0 where nothing tells them."""
+    """Return the sample's lengths, or how many numbers each input is alone where nothing else tells them."""
     if hasattr(preprocess, "lengths"):
         return np.asarray(preprocess.lengths(sample), dtype=np.int64)
-    mask = preprocess(_chosen(sample, np.arange(len(sample)))).get(MASK)
-    return np.zeros(len(sample), dtype=np.int64) if mask is None else mask.flatten(1).sum(dim=1).cpu().numpy()
+    alone = [preprocess(_chosen(sample, np.array([position]))) for position in range(len(sample))]
+    sizes = [sum(value.numel() for value in _checked_tensors(tensors, 1).values()) for tensors in alone]
+    return np.array(sizes, dtype=np.int64)
 
 
 def _chosen(inputs: Inputs, index: Int[np.ndarray, "example"]) -> Any:

@@ -76,7 +76,7 @@ def find_anatomy(
         proofs={},
     )
     blocks = [calls[call.name, call.index] for call in blocks]
-    lab = Laboratory(module, found, inputs, with_values, blocks, alone)
+    lab = Laboratory(module, found, inputs, with_values, blocks)
     gap = lab.prove_blocks()
     rows = _find_rows(lab, cast(Readout | None, overrides.readout))
     lab = lab.with_anatomy(

@@ -1,5 +1,6 @@
 """Proofs of an anatomy: what is tried on one traced batch, and what each trial says."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +40,6 @@ class Laboratory:
     inputs: Inputs
     trace: Trace
     blocks: Sequence[Call]
-    alone: Inputs | None = None
 
     def with_anatomy(self, **findings: Any) -> "Laboratory":
         """Return the same with further findings."""
@@ -63,7 +63,7 @@ class Laboratory:
         for start in range(0, len(states), size):
             chunk = states[start : start + size]
             copies = torch.full((len(chunk),), example, device=states.device)
-            with torch.inference_mode(), self._passed_over(chunk, copies):
+            with torch.inference_mode(), self._passed_over(len(self.blocks) - 1, chunk, copies):
                 found.append(forward_logits(self.module, {n: v[copies] for n, v in self.inputs.items()}))
         return torch.cat(found)
 
@@ -76,19 +76,21 @@ class Laboratory:
         return Replay(before, blocks)
 
     @contextmanager
-    def _passed_over(self, states: Tensor, examples: Int[Tensor, "copy"]) -> Iterator[None]:
-        """Give the states for the last block's output, without running what can be passed over before it."""
-        last = self.anatomy.sites["residual"][-1]
+    def _passed_over(self, layer: int, states: Tensor | None, examples: Int[Tensor, "copy"]) -> Iterator[None]:
+        """Give the states for a block's output, without running what can be passed over before it; -1 is no block."""
         replay = self.replay.take(examples)
+        if layer < 0:
+            with standing_in(self.module, replay.up_to(-1, None)):
+                yield
+            return
+        assert states is not None
+        site = self.anatomy.sites["residual"][layer]
         if replay.blocks:
-            outputs = replay.up_to(len(self.blocks) - 1, last.as_it_was(states))
-            with standing_in(self.module, outputs):
+            with standing_in(self.module, replay.up_to(layer, site.as_it_was(states))):
                 yield
         else:
-            with (
-                standing_in(self.module, replay.up_to(-1, None)),
-                edited_sites(self.module, [(last, lambda _: states)]),
-            ):
+            given = edited_sites(self.module, [(site, lambda _: states)], before_others=True)
+            with standing_in(self.module, replay.up_to(-1, None)), given:
                 yield
 
     def prove_blocks(self) -> float | None:
@@ -119,8 +121,16 @@ class Laboratory:
     @property
     def tolerance(self) -> float:
         """Largest difference of logits that rounding explains, in the precision of the logits."""
-        eps = max(torch.finfo(self.trace.logits.dtype).eps, torch.finfo(self.states.dtype).eps)
-        return max(1e-5, 8 * eps) * (1 + float(self.trace.logits.abs().max()))
+        return max(1e-5, 8 * self._eps) * (1 + float(self.trace.logits.abs().max()))
+
+    @property
+    def _eps(self) -> float:
+        return max(torch.finfo(self.trace.logits.dtype).eps, torch.finfo(self.states.dtype).eps)
+
+    @property
+    def _is_coarse(self) -> bool:
+        """Whether the model runs in half precision."""
+        return self._eps > 1e-4
 
     def proofs(self, gap: float | None) -> dict[str, str]:
         """Return what was proved, as sentences; `gap` is what `prove_blocks` found.
@@ -165,18 +175,45 @@ class Laboratory:
         return ReadoutTrial(there, self.states[example], partial(self.head_logits, example))
 
     def _moved(self, sites: Sequence[tuple[Component, Site]]) -> list[bool]:
-        """Return for every site whether its change moves the logits: a copy of one example for each, many in a pass."""
-        shortest = {name: v[-1:] for name, v in self.inputs.items()} if self.alone is None else self.alone
+        """Return for every site whether its change moves the logits: a copy of one example for each, from its block on.
+
+        What lies below is given again, and the copies that start at one block share a pass.
+        """
+        by_block: dict[int, list[int]] = defaultdict(list)
+        for position, (component, site) in enumerate(sites):
+            by_block[self._block_before(component, site)].append(position)
+        moved = [False] * len(sites)
         size = max(1, min(32, _NUMBERS // self.states[0].numel()))
-        moved = []
-        for start in range(0, len(sites), size):
-            chunk = sites[start : start + size]
-            copies = {name: v.expand(len(chunk), *v.shape[1:]) for name, v in shortest.items()}
-            clean = self.logits(copies, [])
-            edits = [(site, _shaken_copy(copy)) for copy, (_, site) in enumerate(chunk)]
-            changed = self.logits(copies, edits)
-            moved += (changed != clean).any(dim=1).tolist()
+        for below, positions in by_block.items():
+            for chunk in (positions[start : start + size] for start in range(0, len(positions), size)):
+                edits = [(sites[position][1], _shaken_copy(copy)) for copy, position in enumerate(chunk)]
+                changed = self._from_block(below, len(chunk), edits)
+                # In low precision only a pass of the same shape rounds alike, and tells a small effect from none.
+                clean = self._from_block(below, len(chunk), []) if self._is_coarse else self.trace.logits[-1]
+                gaps = (changed - clean).abs().amax(dim=1)
+                for position, gap in zip(chunk, gaps, strict=True):
+                    moved[position] = bool(gap > (0 if self._is_coarse else 0.1 * self.tolerance))
         return moved
+
+    def _block_before(self, component: Component, site: Site) -> int:
+        """Return the last block that a change of the site leaves as it was, or runs before it acts on its output."""
+        residual = self.anatomy.sites["residual"]
+        if component == "pooler":
+            return len(residual) - 1
+        if component == "residual":
+            return residual.index(site)
+        return [(block.module, block.call) for block in residual].index(site.within or ("", 0)) - 1
+
+    def _from_block(self, layer: int, copies: int, edits: Sequence[tuple[Site, Edit]]) -> Float[Tensor, "copy label"]:
+        """Return the logits of copies of the last example under edits, with the block's output and all below given."""
+        example = torch.full((copies,), len(self.trace.logits) - 1, device=self.trace.logits.device)
+        states = None
+        if layer >= 0:
+            site, output = self.anatomy.sites["residual"][layer], hidden_states(self.blocks[layer].output)
+            states = site.rows_first(output, len(self.trace.logits))[example]
+        inputs = {name: value[example] for name, value in self.inputs.items()}
+        with torch.inference_mode(), edited_sites(self.module, edits), self._passed_over(layer, states, example):
+            return forward_logits(self.module, inputs)
 
     def _gap_of_the_last_state(self) -> float | None:
         """Return how far the logits are off when all blocks but the last have forgotten their states."""
