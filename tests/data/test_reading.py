@@ -78,7 +78,8 @@ def test_a_wrong_column_is_told_with_the_columns_there_are(tmp_path):
     path = write(tmp_path / "rows.csv", {"texts": ["a", "b"], "label": ["x", "y"]})
 
     assert refusal(path) == (
-        f"{path} has no column 'text', only 'texts', 'label'. Did you mean 'texts'? Name the text column with `text`."
+        f"{path} has no column 'text', only 'texts', 'label'. Did you mean 'texts'? Name the text column with `text`, "
+        "or images and sounds with `file`."
     )
 
 

@@ -123,9 +123,10 @@ class _Table:
         """Return the name of a column that is there."""
         if column not in self.columns:
             self.refuse_empty_file()
+            other_kinds = ", or images and sounds with `file`" if option == "text" else ""
             raise DataError(
                 f"{self.path} has no column {column!r}, only {quoted(self.columns)}.{near(column, self.columns)} "
-                f"Name the {option} column with `{option}`."
+                f"Name the {option} column with `{option}`{other_kinds}."
             )
         return column
 

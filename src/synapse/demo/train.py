@@ -100,7 +100,7 @@ def train_cybersecurity(out: Path, recipe: Recipe = RECIPES["cybersecurity"]) ->
         module = BertForSequenceClassification(config)
         fit(module, batches, recipe)
     module.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    _save_tokenizer(out, tokenizer)
     test = CYBERSECURITY.examples("test")
     parts = [[str(text) for text in test.inputs[i : i + 64]] for i in range(0, len(test), 64)]
     predicted = torch.cat([predict(module, arguments(part)) for part in parts])
@@ -242,6 +242,15 @@ def _test_module(out: Path, module: nn.Module, domain: ModuleDomain, recipe: Rec
     test = domain.examples("test")
     predicted = predict(module, domain.preprocess(np.asarray(test.inputs)))
     return _write_metrics(out, predicted, test, domain.labels, recipe)
+
+
+def _save_tokenizer(out: Path, tokenizer: Any) -> None:
+    """Save a tokenizer under the class name that every supported version of the library knows."""
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.pop("backend", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_metrics(
