@@ -250,6 +250,18 @@ def test_compiled_modules_are_run_as_they_were_written():
     np.testing.assert_allclose(classifier.predict(SAMPLE), plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["blocks.1", "blocks.2", "embedding"])
+def test_hooks_of_the_users_that_change_what_is_given_again_are_refused_and_others_are_not(name):
+    module, seen = Encoder(), []
+    looking = module.get_submodule(name).register_forward_hook(lambda *_: seen.append(None))
+    assert of(module).n_layers == 3
+    assert seen
+    looking.remove()
+    module.get_submodule(name).register_forward_hook(lambda _module, _inputs, output: output + torch.arange(WIDTH))
+    with pytest.raises(AnatomyError, match=f"A hook on '{name}' changes what it returns.*Remove the hook"):
+        of(module)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -77,6 +77,7 @@ def find_anatomy(
     )
     blocks = [calls[call.name, call.index] for call in blocks]
     lab = Laboratory(module, found, inputs, with_values, blocks)
+    lab.refuse_hooks_that_change()
     gap = lab.prove_blocks()
     rows = _find_rows(lab, cast(Readout | None, overrides.readout))
     lab = lab.with_anatomy(

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from synapse.model.hooks import (
     without_hidden_states,
 )
 from synapse.model.readout import Mask, ReadoutTrial, RowWeights
-from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits
+from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits, tensors_in
 from synapse.types import Component, Readout
 
 _NUMBERS = 3_000_000
@@ -107,7 +107,7 @@ class Laboratory:
                 f"The last block's output and the head give logits {gap:.1e} away from the model's own; at most "
                 f"{self.tolerance:.0e} was expected. The head seems to read something else than the last block's "
                 f"output (the blocks found: {', '.join(self.anatomy.blocks)}): name the blocks with `blocks=`, the "
-                "last of them all that the head reads. Hooks of yours that change what the blocks return must go first."
+                "last of them all that the head reads."
             )
         changed = self.logits(self.inputs, [(self.anatomy.sites["residual"][-1], shaken)])
         if torch.equal(changed, self.trace.logits):
@@ -117,6 +117,29 @@ class Laboratory:
                 "them with `blocks=`."
             )
         return gap
+
+    def refuse_hooks_that_change(self) -> None:
+        """Refuse hooks of the user's on what is recorded and given again: it would pass them twice.
+
+        Raises:
+            AnatomyError: what a module returns is another thing before its hooks than behind them.
+        """
+        names = dict.fromkeys((*self.anatomy.blocks, *(part.module for part in self.anatomy.before)))
+        seen: dict[tuple[str, bool], list[Tensor]] = defaultdict(list)
+        with ExitStack() as stack:
+            for name in names:
+                for is_first in (True, False):
+                    look = partial(_look, seen[name, is_first])
+                    hook = self.module.get_submodule(name).register_forward_hook(look, prepend=is_first)
+                    stack.callback(hook.remove)
+            self.logits({key: value[-1:] for key, value in self.inputs.items()}, [])
+        for name in names:
+            pairs = zip(seen[name, True], seen[name, False], strict=True)
+            if not all(torch.equal(before.nan_to_num(), behind.nan_to_num()) for before, behind in pairs):
+                raise AnatomyError(
+                    f"A hook on {name!r} changes what it returns; what is recorded there and given again would pass "
+                    "the hook twice. Remove the hook, or put what it does into the module's forward."
+                )
 
     @property
     def tolerance(self) -> float:
@@ -235,6 +258,10 @@ _READ: Mapping[Readout, str] = {
     "mean-but-first": "every row of the last block's output but the first moves the logits, and their order does not",
     "first-and-mean": "every row of the last block's output moves the logits; the order of all but the first does not",
 }
+
+
+def _look(seen: list[Tensor], _module: nn.Module, _arguments: Any, output: Any) -> None:
+    seen.extend(tensor.clone() for tensor in tensors_in(output))
 
 
 def _shaken_copy(copy: int) -> Edit:
