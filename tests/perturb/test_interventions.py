@@ -6,6 +6,7 @@ from architectures import TABLE
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
 
 from synapse.errors import SettingsError
+from synapse.model.hooks import hidden_states
 from synapse.perturb.activations import Mean, Noise, Scale, Zero
 from synapse.types import Neurons
 
@@ -151,7 +152,9 @@ def test_every_scope_edits_the_rows_that_it_names_and_no_others():
     for scope, rows in expected.items():
         states = []
         with classifier.edited(Mean(Neurons(1, (2, 5)), scope=scope, values=(7.0, 7.0))):
-            handle = classifier.blocks[1].register_forward_hook(lambda _m, _i, output, to=states: to.append(output))
+            handle = classifier.blocks[1].register_forward_hook(
+                lambda _m, _i, output, to=states: to.append(hidden_states(output))
+            )
             classifier.forward(batch)
             handle.remove()
         assert torch.equal((states[0][..., [2, 5]] == 7).all(dim=-1), rows)

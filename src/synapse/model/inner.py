@@ -148,7 +148,12 @@ def _map_calls(calls: Mapping[tuple[str, int], Call], states: Tensor, residual: 
     }
     is_leaf = {key: not any(other.is_inside(call) for other in calls.values()) for key, call in rowwise.items()}
     # A low-rank addition to a linear map stands beside it in a module of its own; that module is the map.
-    wrappers = [call for key, call in rowwise.items() if not is_leaf[key] and _is_linear(call)]
+    leaves = [call for key, call in rowwise.items() if is_leaf[key]]
+    wrappers = [
+        call
+        for key, call in rowwise.items()
+        if not is_leaf[key] and sum(leaf.is_inside(call) for leaf in leaves) > 1 and _is_linear(call)
+    ]
     return {
         key: call
         for key, call in rowwise.items()
