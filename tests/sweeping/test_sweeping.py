@@ -193,3 +193,24 @@ def test_ablating_the_planted_neuron_takes_its_class_and_leaves_the_others():
     swept = sweep(classifier, examples, some_ranking(classifier), reference=reference, cells=cells)
     clean = swept.clean_logits.argmax(axis=1)
     np.testing.assert_array_equal(swept.logits[0].argmax(axis=1), np.where(clean == 1, 0, clean))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize("component", ["mlp", "heads", "pooler"])
+def test_noise_inside_a_block_and_before_the_final_map_is_that_of_the_plain_forward(architecture, component):
+    classifier, examples = random_classifier(architecture), random_examples(6, seed=1)
+    reference = record(classifier, random_examples(12, seed=2), component=component)
+    scores = np.random.default_rng(0).random((reference.n_layers, 4, reference.width))
+    ranking = Ranking("given", scores, classifier.labels, reference.source, component)
+    cells = [
+        Cell(ranking.top(0.5, layer=layer), scope, Kind("noise", 1.0), "given", "", "top", -1, 0.5)
+        for layer in range(reference.n_layers)
+        for scope in ("readout", "all")
+    ]
+    fast, plain = (
+        sweep(classifier, examples, ranking, reference=reference, cells=cells, engine=engine)
+        for engine in ("resume", "plain")
+    )
+    assert fast.run_plain == ()
+    np.testing.assert_allclose(fast.logits, plain.logits, atol=2e-5)
+    assert np.abs(fast.logits - fast.clean_logits).max(axis=(1, 2)).min() > 1e-3

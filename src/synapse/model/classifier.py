@@ -178,9 +178,8 @@ class Classifier:
         block, of the down and the output projection; `final`, the linear map that gives the logits.
 
         Raises:
-            SettingsError: fewer than two labels, labels that repeat or are empty, fewer than two samples, or an
-            override
-                that names nothing.
+            SettingsError: fewer than two labels, labels that repeat or are empty, fewer than two samples, a preprocess
+                that returns no tensors with the example first, or an override that names nothing.
             ModelError, AnatomyError: as `from_pretrained`.
         """
         if module.training:

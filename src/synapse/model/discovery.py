@@ -258,8 +258,7 @@ def _find_mask(lab: Laboratory) -> Mask | None:
 
 
 def _possible_masks(inputs: Inputs, n_tokens: int) -> Iterator[Mask]:
-    """Yield the readings of inputs of zeros and ones, of which both occur; the usual mask comes first, even if all
-    ones."""
+    """Yield the readings of inputs that hold both zeros and ones; the usual mask comes first, even if all ones."""
     for name, value in sorted(inputs.items(), key=lambda item: item[0] != MASK):
         is_mask = value.ndim == 2 and value.shape[1] <= n_tokens and bool(((value == 0) | (value == 1)).all())
         if is_mask and (name == MASK or bool((value == 0).any() and (value == 1).any())):

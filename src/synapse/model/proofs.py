@@ -24,7 +24,7 @@ from synapse.model.hooks import (
     without_hidden_states,
 )
 from synapse.model.readout import Mask, ReadoutTrial, RowWeights
-from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits, tensors_in
+from synapse.model.trace import Call, Inputs, Replay, Trace, forward_logits, passed_over, tensors_in
 from synapse.types import Component, Readout
 
 _NUMBERS = 3_000_000
@@ -78,20 +78,9 @@ class Laboratory:
     @contextmanager
     def _passed_over(self, layer: int, states: Tensor | None, examples: Int[Tensor, "copy"]) -> Iterator[None]:
         """Give the states for a block's output, without running what can be passed over before it; -1 is no block."""
-        replay = self.replay.take(examples)
-        if layer < 0:
-            with standing_in(self.module, replay.up_to(-1, None)):
-                yield
-            return
-        assert states is not None
-        site = self.anatomy.sites["residual"][layer]
-        if replay.blocks:
-            with standing_in(self.module, replay.up_to(layer, site.as_it_was(states))):
-                yield
-        else:
-            given = edited_sites(self.module, [(site, lambda _: states)], before_others=True)
-            with standing_in(self.module, replay.up_to(-1, None)), given:
-                yield
+        site = self.anatomy.sites["residual"][max(layer, 0)]
+        with passed_over(self.module, self.replay.take(examples), layer, site, states):
+            yield
 
     def prove_blocks(self) -> float | None:
         """Return how far the head is from the model's own logits when it has the last block's output alone.

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synapse.model.classifier import Batch, Classifier
-from synapse.model.hooks import Edit, Site, edited_sites, standing_in, without_hidden_states
-from synapse.model.trace import Replay, Replayable, tensors_in, with_tensors
+from synapse.model.hooks import Edit, Site, edited_sites, without_hidden_states
+from synapse.model.trace import Replay, Replayable, passed_over, tensors_in, with_tensors
 from synapse.types import Component
 
 
@@ -95,17 +95,8 @@ def resume(
     `example[r]` says which example of the clean batch run r is about; the blocks above `layer` and the head compute on
     its inputs (masks, positions), whatever is applied to them. Layer -1, which needs no states, runs all blocks.
     """
-    batch, replay = clean.batch.take(example), clean.replay.take(example)
-    if layer < 0:
-        with standing_in(classifier.module, replay.up_to(-1, None)):
-            return classifier.forward(batch)
-    site = classifier.sites()[layer]
-    assert states is not None
-    if replay.blocks:
-        with standing_in(classifier.module, replay.up_to(layer, site.as_it_was(states))):
-            return classifier.forward(batch)
-    # The whole model runs; what is applied to this site acts on the given states.
-    with edited_sites(classifier.module, [(site, lambda _: states)], before_others=True):
+    batch, site = clean.batch.take(example), classifier.sites()[max(layer, 0)]
+    with passed_over(classifier.module, clean.replay.take(example), layer, site, states):
         return classifier.forward(batch)
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from synapse.errors import ModelError
-from synapse.model.hooks import with_hidden_states
+from synapse.model.hooks import Edit, Site, edited_sites, standing_in, with_hidden_states
 
 Inputs = Mapping[str, Tensor]
 """Keyword arguments of a model's forward, example first in every tensor."""
@@ -239,6 +239,23 @@ class Replay:
             assert states is not None
             outputs.setdefault(part.module, []).append(with_hidden_states(output, states))
         return outputs
+
+
+@contextmanager
+def passed_over(root: nn.Module, replay: Replay, layer: int, site: Site, states: Tensor | None) -> Iterator[None]:
+    """Give the states for the output of the block at `site`, the given layer, without running what lies below it.
+
+    Layer -1, which needs no states, stands for no block. Where the blocks cannot be replayed the whole model runs, and
+    what else is applied to the site acts on the given states.
+    """
+    if layer < 0 or not replay.blocks:
+        edits: list[tuple[Site, Edit]] = [] if layer < 0 else [(site, lambda _: states)]
+        with standing_in(root, replay.up_to(-1, None)), edited_sites(root, edits, before_others=True):
+            yield
+        return
+    assert states is not None
+    with standing_in(root, replay.up_to(layer, site.as_it_was(states))):
+        yield
 
 
 def _is_plain(value: Any) -> bool:

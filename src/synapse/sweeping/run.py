@@ -80,7 +80,7 @@ def sweep(
     clean_logits = np.empty((len(examples), len(classifier.labels)), dtype=np.float32)
     done, total = 0, sum(int(run.examples.sum()) for run in runs)
     for batch in classifier.batches(examples.inputs):
-        clean = clean_pass(classifier, batch, () if ranking.component == "residual" else (ranking.component,))
+        clean = clean_pass(classifier, batch)
         clean_logits[batch.index] = clean.logits.float().cpu().numpy()
         for group in groups:
             for run, example, logits in group.results(classifier, clean):
@@ -222,17 +222,12 @@ class _Group:
         """Return the noise of every example of the batch at each edited layer; nothing where none is needed."""
         if self.noise_seed is None:
             return {}
-        return {
-            layer: noise_for(
-                classifier,
-                clean.batch,
-                self.component,
-                layer,
-                clean.of(self.component)[layer].shape[1],
-                seed=self.noise_seed,
-            )
-            for layer in self._edited_layers(classifier)
-        }
+        sites = classifier.sites(self.component)
+        noise = {}
+        for layer in self._edited_layers(classifier):
+            n_tokens = 1 if sites[layer].layout == "example unit" else clean.n_tokens
+            noise[layer] = noise_for(classifier, clean.batch, self.component, layer, n_tokens, seed=self.noise_seed)
+        return noise
 
 
 def _grouped(
