@@ -20,7 +20,7 @@ ALLOWED = {
     "ranking": {"errors", "types", "probe"},
     "perturb": {"errors", "types", "model"},
     "attack": {"errors", "types", "data", "model", "perturb"},
-    "sweeping": {"errors", "types", "data", "model", "perturb", "ranking"},
+    "sweeping": {"errors", "types", "data", "model", "perturb", "ranking", "measure"},
     "measure": {"errors", "types"},
     "store": {"errors", "types"},
     "report": {"errors", "types"},
@@ -30,7 +30,10 @@ ALLOWED = {
         *("measure", "store", "report", "settings"),
     },
     "demo": {"errors", "types", "data", "model", "settings", "study"},
-    "cli": {"errors", "data", "model", "settings", "study", "demo", "report", "store"},
+    "edits": {"errors", "types", "data", "model", "perturb", "ranking", "recording", "report", "sweeping"},
+    "whatif": {"errors", "types", "data", "model", "perturb", "ranking", "measure", "edits"},
+    "testing": {"errors", "types", "data", "model", "perturb"},
+    "cli": {"errors", "data", "model", "settings", "study", "demo", "report", "store", "edits", "whatif"},
 }
 
 

@@ -9,6 +9,7 @@ SynapseError
 ├── ModelError           the classifier: no model there, no classification head
 │   ├── AnatomyError     its blocks, readout row or head could not be found or proved
 │   └── RestoreError     it did not come back as it was (never expected; nothing measured after it counts)
+├── ResourceError        the machine: memory that does not suffice
 ├── ConvergenceError     a probe that did not reach its optimum
 └── RunFolderError       a run folder that is missing, incomplete or of another format
 ```
@@ -50,6 +51,10 @@ class AnatomyError(ModelError):
 
 class RestoreError(ModelError):
     """The model is not bit for bit what it was before."""
+
+
+class ResourceError(SynapseError):
+    """The machine has not enough memory for what was asked."""
 
 
 class ConvergenceError(SynapseError):

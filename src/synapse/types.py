@@ -11,8 +11,8 @@
 | selection | which end of a ranking: `top`, `bottom`, or `random` units |
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -126,8 +126,9 @@ class Sweep:
     """Logits of every example under every cell of a plan.
 
     `cells` has one row a cell, in the order of `logits`, with the columns `CELL_COLUMNS`. Where a cell ran only some
-    of the examples, the logits of the others are NaN. `run_plain` names the layers and scopes whose resumed logits
-    were not trusted, so that the whole model was run for each of their cells.
+    of the examples, the logits of the others are NaN. `reuse` says for every site and scope that was swept what its
+    runs took over of a clean pass (see `synapse.model.resume.Reuse`), or `plain`. `agreement` is there where the sweep
+    ran in reduced precision.
     """
 
     cells: pd.DataFrame
@@ -135,7 +136,26 @@ class Sweep:
     clean_logits: Float[np.ndarray, "example label"]
     targets: Int[np.ndarray, "example"]
     labels: tuple[str, ...]
-    run_plain: tuple[str, ...] = ()
+    reuse: Mapping[str, str] = field(default_factory=dict)
+    agreement: "Agreement | None" = None
+
+    @property
+    def run_plain(self) -> tuple[str, ...]:
+        """The sites and scopes for which the whole model was run for every cell."""
+        return tuple(place for place, reuse in self.reuse.items() if reuse in ("none", "plain"))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How reduced precision compares with float32 on a sample of runs.
+
+    `same` is the share of equal predictions, `largest` the largest difference of a logit.
+    """
+
+    precision: str
+    same: float
+    largest: float
+    runs: int
 
 
 @dataclass(frozen=True, eq=False)

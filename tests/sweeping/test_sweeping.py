@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from planted import B_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
 
-from synapse.errors import SettingsError, SplitError
+from synapse.errors import ModelError, SettingsError, SplitError
 from synapse.ranking.base import Ranking
 from synapse.recording import record
 from synapse.sweeping import KINDS, Cell, Grid, Kind, Reach, cost_of, plan, sweep
@@ -59,19 +59,47 @@ def test_batch_size_and_order_of_the_examples_do_not_change_a_sweep(max_tokens):
     np.testing.assert_allclose(second.logits[:, ::-1], first.logits, atol=3e-5)
 
 
-def test_a_layer_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeypatch, caplog):
-    import synapse.sweeping.run as module
+@pytest.mark.parametrize(("wrong", "expected"), [({"rows"}, "prefix"), ({"rows", "prefix"}, "none")])
+def test_what_gives_wrong_logits_is_not_reused_and_the_sweep_says_so(monkeypatch, caplog, wrong, expected):
+    import synapse.sweeping.groups as module
 
     classifier, examples = random_classifier("bert"), random_examples(6, seed=1)
     reference = record(classifier, random_examples(12, seed=2))
     options = {"reference": reference, "cells": plan(some_ranking(classifier), SMALL)}
     right = sweep(classifier, examples, some_ranking(classifier), engine="plain", **options)
-    good = module.resume
-    monkeypatch.setattr(module, "resume", lambda *args: good(*args) + 0.01 * (args[2] == 1))
+    good = module.run_logits
+
+    def off(classifier, clean, runs, reuse):
+        return good(classifier, clean, runs, reuse) + 0.01 * (runs.layer == 1 and reuse in wrong)
+
+    monkeypatch.setattr(module, "run_logits", off)
     swept = sweep(classifier, examples, some_ranking(classifier), **options)
     np.testing.assert_allclose(swept.logits, right.logits, atol=2e-5)
-    assert swept.run_plain == tuple(f"residual of layer 1, {scope}" for scope in ("all", "readout", "readout-onward"))
-    assert {record.getMessage()[:20] for record in caplog.records} == {"residual of layer 1,"}
+    places = {f"residual of layer 1, {scope}" for scope in ("all", "readout", "readout-onward")}
+    assert {place for place, reuse in swept.reuse.items() if reuse == expected} == places
+    assert {place for place, reuse in swept.reuse.items() if reuse == "rows"} == set(swept.reuse) - places
+    assert set(swept.run_plain) == (places if expected == "none" else set())
+    warned = {record.getMessage()[:20] for record in caplog.records if record.levelname == "WARNING"}
+    assert warned == ({"residual of layer 1,"} if expected == "none" else set())
+
+
+def test_what_fails_or_is_wrong_in_every_way_is_run_plain_or_refused(monkeypatch):
+    import synapse.sweeping.groups as module
+
+    classifier, examples = random_classifier("bert"), random_examples(6, seed=1)
+    reference = record(classifier, random_examples(12, seed=2))
+    options = {"reference": reference, "cells": plan(some_ranking(classifier), SMALL)}
+    right = sweep(classifier, examples, some_ranking(classifier), engine="plain", **options)
+
+    def fail(*_):
+        raise RuntimeError("this model wants all of its rows")
+
+    monkeypatch.setattr(module, "run_logits", fail)
+    swept = sweep(classifier, examples, some_ranking(classifier), **options)
+    np.testing.assert_array_equal(swept.logits, right.logits)
+    assert set(swept.reuse.values()) == {"plain"}
+    with pytest.raises(ModelError, match=r"exact engine was asked for.*layer 0, all \(rows: RuntimeError: this model"):
+        sweep(classifier, examples, some_ranking(classifier), engine="exact", **options)
 
 
 def test_each_example_meets_the_asked_number_of_random_sets_at_each_size():
@@ -209,7 +237,7 @@ def test_noise_inside_a_block_and_before_the_final_map_is_that_of_the_plain_forw
     ]
     fast, plain = (
         sweep(classifier, examples, ranking, reference=reference, cells=cells, engine=engine)
-        for engine in ("resume", "plain")
+        for engine in ("exact", "plain")
     )
     assert fast.run_plain == ()
     np.testing.assert_allclose(fast.logits, plain.logits, atol=2e-5)

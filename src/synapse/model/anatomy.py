@@ -49,7 +49,9 @@ class Anatomy:
 
     `sites` holds the sites of every component that was found, in order of the layers, and `missing` says why another
     one was not. `before` are the outermost modules that run before the blocks and can be passed over; `replays` says
-    how the outputs of the blocks are given again for chosen examples, and is empty where that is unclear. `head` lists
+    how the outputs of the blocks are given again for chosen examples, and is empty where that is unclear. `inside` says
+    the same of what runs inside a block before its site is reached, by component and layer; `unmixed` lists for every
+    layer the maps that see each row of the block's input alone (the projections of its attention). `head` lists
     what runs after the last block; `final` is the linear map that gives the logits, or None where the head does not end
     in one. `readout_is_proved` is false only where one was given by hand that the head was seen not to keep to. `pads`
     says whether examples of unequal length may share a batch: padding leaves their logits alone, and which rows it
@@ -68,6 +70,8 @@ class Anatomy:
     pads: bool
     before: tuple[Replayable, ...]
     replays: tuple[Replayable, ...]
+    inside: Mapping[Component, tuple[tuple[Replayable, ...], ...]]
+    unmixed: tuple[tuple[Site, ...], ...]
     head: tuple[str, ...]
     final: str | None
     proofs: Mapping[str, str]

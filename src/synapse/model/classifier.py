@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from synapse.data.batches import equal_lengths, length_buckets
 from synapse.data.examples import Examples
 from synapse.data.inputs import content_bytes
-from synapse.errors import ModelError, SettingsError, near
+from synapse.errors import LabelError, ModelError, SettingsError, near
 from synapse.model.anatomy import Anatomy, Overrides
 from synapse.model.discovery import find_anatomy
 from synapse.model.hooks import Site, study_mode
@@ -58,12 +58,14 @@ class Batch:
     """Examples that share a forward pass.
 
     `index[i]` is the position of example i in the list that was batched; `keys[i]` identifies its content, so that
-    anything random about it depends on the example and not on its neighbours.
+    anything random about it depends on the example and not on its neighbours. `labels[i]` is its class, where that is
+    known.
     """
 
     index: Int[np.ndarray, "example"]
     keys: tuple[int, ...]
     inputs: Mapping[str, Tensor]
+    labels: Int[Tensor, "example"] | None = None
 
     def take(self, examples: Int[Tensor, "chosen"]) -> "Batch":
         """Return the chosen examples as a batch, padded as they were; an example may be chosen more than once."""
@@ -72,6 +74,7 @@ class Batch:
             self.index[chosen],
             tuple(self.keys[i] for i in chosen),
             {name: value[examples] for name, value in self.inputs.items()},
+            None if self.labels is None else self.labels[examples],
         )
 
 
@@ -107,6 +110,7 @@ class Classifier:
         self.max_tokens = max(128, STATE_NUMBERS[device.type] // anatomy.width)
         self._batch: Batch | None = None
         self._logit_edits: list[LogitEdit] = []
+        self._is_studied = False
 
     @classmethod
     def from_pretrained(
@@ -270,8 +274,8 @@ class Classifier:
         assert isinstance(weight, Tensor)
         return weight.detach()
 
-    def batches(self, inputs: Inputs) -> Iterator[Batch]:
-        """Yield the inputs in batches of like length, each at most `max_tokens` rows.
+    def batches(self, inputs: Inputs, targets: Int[np.ndarray, "example"] | None = None) -> Iterator[Batch]:
+        """Yield the inputs in batches of like length, each at most `max_tokens` rows; `targets` are their classes.
 
         Where padding moves a model's logits, or its rows cannot be told from padding, a batch holds one length.
         """
@@ -289,7 +293,8 @@ class Classifier:
             tensors = self.preprocess(chosen)
             self._check_size(tensors)
             keys = tuple(_content_key(item) for item in chosen)
-            yield Batch(index, keys, _on(self.device, tensors))
+            labels = None if targets is None else torch.from_numpy(targets[index]).to(self.device)
+            yield Batch(index, keys, _on(self.device, tensors), labels)
 
     def _check_size(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse inputs that vary in size where the samples did not: whether they may share a batch was not tried."""
@@ -306,18 +311,39 @@ class Classifier:
     def predict(self, examples: Examples | Inputs) -> Float[np.ndarray, "example label"]:
         """Return the logits of every example, in the order given, in float32."""
         inputs = examples.inputs if isinstance(examples, Examples) else examples
+        targets = self._known_targets(examples) if isinstance(examples, Examples) else None
         logits = np.empty((len(inputs), len(self.labels)), dtype=np.float32)
-        for batch in self.batches(inputs):
+        for batch in self.batches(inputs, targets):
             logits[batch.index] = self.forward(batch).float().cpu().numpy()
         return logits
 
+    def _known_targets(self, examples: Examples) -> Int[np.ndarray, "example"] | None:
+        """Return the classes of the examples, or None where they are labelled otherwise: to predict needs no labels."""
+        try:
+            return examples.targets(self.labels)
+        except LabelError:
+            return None
+
     def forward(self, batch: Batch) -> Float[Tensor, "example label"]:
         """Return the logits of one batch, under whatever perturbation is applied."""
-        with self.running(batch), torch.inference_mode(), study_mode(self.module):
+        with self.running(batch), torch.inference_mode(), self.studied():
             logits = forward_logits(self.module, batch.inputs)
             for edit in self._logit_edits:
                 logits = edit(logits)
             return logits
+
+    @contextmanager
+    def studied(self) -> Iterator[None]:
+        """Keep the module in the mode in which it is studied, once for many forward passes."""
+        if self._is_studied:
+            yield
+            return
+        with study_mode(self.module):
+            self._is_studied = True
+            try:
+                yield
+            finally:
+                self._is_studied = False
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
@@ -352,6 +378,13 @@ class Classifier:
         if site.layout == "example unit":
             return torch.ones(len(batch.index), 1, device=self.device)
         return self.anatomy.rows(batch.inputs, n_tokens)
+
+    def readout_row(self, batch: Batch, n_tokens: int) -> Int[Tensor, "example"] | None:
+        """Return the one row of every example that the head reads; None where it reads several, or was not proved."""
+        anatomy = self.anatomy
+        if anatomy.readout not in ("first", "last") or not anatomy.readout_is_proved:
+            return None
+        return anatomy.rows(batch.inputs, n_tokens).argmax(dim=1)
 
     def readout_state(
         self, batch: Batch, site: Site, states: Float[Tensor, "example token unit"]

@@ -9,8 +9,9 @@ examples.
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -53,7 +54,9 @@ def find_anatomy(
         )
     one_more = traced(module, {name: torch.cat([value, value[:1]]) for name, value in inputs.items()})
     blocks, residual = _find_blocks(trace, one_more, overrides.blocks)
-    before = _find_before(trace, one_more, blocks[0])
+    shorter = trace if alone is None else traced(module, alone)
+    comparison = _Comparison(trace, one_more, shorter, _row_counts(residual[0], trace, shorter))
+    before = comparison.replayable_ones(trace.before(blocks[0]))
     # Once more, with the values of what the proofs look at: those of all calls would fill the memory.
     behind = {call.name for call in trace.calls if call.started > blocks[-1].ended}
     wanted = behind | {call.name for call in blocks} | {part.module for part in before}
@@ -70,7 +73,9 @@ def find_anatomy(
         shapes=_shapes(inputs),
         pads=True,
         before=before,
-        replays=_find_replays(blocks, one_more),
+        replays=comparison.replays_of(blocks),
+        inside={},
+        unmixed=(),
         head=tuple(call.name for call in trace.after(blocks[-1])),
         final=None,
         proofs={},
@@ -94,7 +99,12 @@ def find_anatomy(
         sites["pooler"] = (_pooler_site(final, lab),)
     ordered = {name: {"residual": residual, **sites}[name] for name in COMPONENTS if name in {"residual", *sites}}
     lab = lab.with_anatomy(
-        sites=ordered, missing=missing, n_heads=inner.n_heads, final=None if final is None else final.name
+        sites=ordered,
+        missing=missing,
+        n_heads=inner.n_heads,
+        final=None if final is None else final.name,
+        inside={name: tuple(comparison.before_site(site) for site in found) for name, found in inner.sites.items()},
+        unmixed=inner.unmixed,
     )
     return replace(lab.anatomy, proofs=lab.proofs(gap))
 
@@ -202,27 +212,62 @@ def _refuse_parts_of_a_block(chosen: Sequence[_Candidate], candidates: Sequence[
             )
 
 
-def _find_before(trace: Trace, one_more: Trace, first_block: Call) -> tuple[Replayable, ...]:
-    """Return the outermost modules before the blocks whose outputs can be given again."""
-    second = {(call.name, call.index): call for call in one_more.calls}
-    found: list[Replayable | None] = []
-    calls = trace.before(first_block)
-    for call in calls:
-        other = second.get((call.name, call.index))
-        found.append(None if other is None else replayable(call, call.output, other.output))
-    run = [call for call, part in zip(calls, found, strict=True) if part is None]
-    # What runs calls its own parts: those are computed too, or the count of calls would be another.
-    unclear = {call.name for call in run} | {inner.name for call in run for inner in trace.inside(call)}
-    return tuple(part for part in found if part is not None and part.module not in unclear)
+def _row_counts(first: Site, trace: Trace, shorter: Trace) -> tuple[int, int]:
+    """Return the number of rows that the blocks see in the two traces."""
+    counts = []
+    for each in (trace, shorter):
+        call = next(c for c in each.calls if (c.name, c.index) == (first.module, first.call))
+        counts.append(first.rows_first(hidden_states(call.output), len(each.logits)).shape[1])
+    return counts[0], counts[1]
 
 
-def _find_replays(blocks: Sequence[Call], one_more: Trace) -> tuple[Replayable, ...]:
-    second = {(call.name, call.index): call for call in one_more.calls}
-    found = [
-        replayable(call, *(without_hidden_states(c.output) for c in (call, second[call.name, call.index])))
-        for call in blocks
-    ]
-    return tuple(part for part in found if part is not None) if None not in found else ()
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """A trace beside that of one example more, and that of a single shorter example: they tell axes apart."""
+
+    trace: Trace
+    one_more: Trace
+    shorter: Trace
+    n_tokens: tuple[int, int]
+
+    @cached_property
+    def others(self) -> tuple[dict[tuple[str, int], Call], dict[tuple[str, int], Call]]:
+        """The calls of the other two traces, by name and number."""
+        one_more, shorter = ({(c.name, c.index): c for c in trace.calls} for trace in (self.one_more, self.shorter))
+        return one_more, shorter
+
+    def replayable(self, call: Call, *, without_states: bool = False) -> Replayable | None:
+        """Return how the output of a call, or what a block returns beside its states, is given again."""
+        one_more, shorter = (calls.get((call.name, call.index)) for calls in self.others)
+        if one_more is None:
+            return None
+        outputs = [None if c is None else c.output for c in (call, one_more, shorter)]
+        own, with_one_more, of_shorter = map(without_hidden_states, outputs) if without_states else outputs
+        return replayable(call, own, with_one_more, of_shorter, self.n_tokens)
+
+    def replays_of(self, blocks: Sequence[Call]) -> tuple[Replayable, ...]:
+        """Return how the outputs of all blocks are given again; nothing where one is unclear."""
+        found = [self.replayable(call, without_states=True) for call in blocks]
+        return tuple(part for part in found if part is not None) if None not in found else ()
+
+    def replayable_ones(self, calls: Sequence[Call]) -> tuple[Replayable, ...]:
+        """Return those of the calls whose outputs can be given again."""
+        found = [self.replayable(call) for call in calls]
+        run = [call for call, part in zip(calls, found, strict=True) if part is None]
+        # What runs calls its own parts: those are computed too, or the count of calls would be another.
+        unclear = {call.name for call in run} | {inner.name for call in run for inner in self.trace.inside(call)}
+        return tuple(part for part in found if part is not None and part.module not in unclear)
+
+    def before_site(self, site: Site) -> tuple[Replayable, ...]:
+        """Return what runs in the site's block before the site is reached, and can be given again."""
+        assert site.within is not None
+        block = next(call for call in self.trace.calls if (call.name, call.index) == site.within)
+        inside = self.trace.inside(block)
+        reached = [call for call in inside if call.name == site.module][site.call]
+        is_output = site.side == "output"
+        return self.replayable_ones(
+            outermost([c for c in inside if c.ended < reached.started or (is_output and c is reached)])
+        )
 
 
 def _shapes(inputs: Inputs) -> dict[str, torch.Size]:

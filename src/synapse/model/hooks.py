@@ -1,8 +1,9 @@
 """Edit what passes a site in a forward pass, and stand in for modules; both undo themselves, also after an error."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -170,6 +171,23 @@ class _EditedSite:
 
 
 @contextmanager
+def ended_at(root: nn.Module, site: Site) -> Iterator[list[Tensor]]:
+    """End the forward pass at a site, and hold the states that reached it."""
+    reached: list[Tensor] = []
+    with suppress(_PassEndedError), edited_sites(root, [(site, partial(_end_with, reached))]):
+        yield reached
+
+
+class _PassEndedError(Exception):
+    """What was wanted of a forward pass is there."""
+
+
+def _end_with(reached: list[Tensor], states: Tensor) -> None:
+    reached.append(states)
+    raise _PassEndedError
+
+
+@contextmanager
 def standing_in(root: nn.Module, outputs: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """Let the first calls of the named modules return the given outputs, one a call, without computing.
 
@@ -177,8 +195,20 @@ def standing_in(root: nn.Module, outputs: Mapping[str, Sequence[Any]]) -> Iterat
     """
     with ExitStack() as stack:
         for name, values in outputs.items():
-            stack.enter_context(_StandIn(root.get_submodule(name), values).applied(root))
+            given = [partial(_given, value) for value in values]
+            stack.enter_context(_StandIn(root.get_submodule(name), given).applied(root))
         yield
+
+
+@contextmanager
+def shortened(root: nn.Module, name: str, shorter: Callable[..., Any]) -> Iterator[None]:
+    """Let `shorter(forward, *arguments)` work out the first call of the named module in place of its own `forward`."""
+    with _StandIn(root.get_submodule(name), [shorter]).applied(root):
+        yield
+
+
+def _given(value: Any, _forward: Any, *_arguments: Any, **_options: Any) -> Any:
+    return value
 
 
 @dataclass(eq=False)
@@ -186,7 +216,7 @@ class _StandIn:
     """A module whose `forward` is stood in for; `calls` counts those of the running forward pass."""
 
     module: nn.Module
-    outputs: Sequence[Any]
+    shorter: Sequence[Callable[..., Any]]
     calls: int = 0
 
     @contextmanager
@@ -205,8 +235,9 @@ class _StandIn:
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         self.calls += 1
-        done = self.calls > len(self.outputs)
-        return self.original(*arguments, **options) if done else self.outputs[self.calls - 1]
+        if self.calls > len(self.shorter):
+            return self.original(*arguments, **options)
+        return self.shorter[self.calls - 1](self.original, *arguments, **options)
 
     def start_pass(self, _module: nn.Module, _arguments: Any) -> None:
         self.calls = 0

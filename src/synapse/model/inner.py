@@ -23,11 +23,15 @@ from synapse.types import Component
 
 @dataclass(frozen=True)
 class InnerSites:
-    """The sites found inside the blocks, and why others are missing, each by component."""
+    """The sites found inside the blocks, and why others are missing, each by component.
+
+    `unmixed` holds for every block the outputs of the maps that see each row of the block's input alone.
+    """
 
     sites: Mapping[Component, tuple[Site, ...]]
     missing: Mapping[Component, str]
     n_heads: int | None
+    unmixed: tuple[tuple[Site, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,11 @@ def find_inner_sites(
             missing[component] = (
                 f"{absent[0].module!r} is not called in its block as in the first, or has another width"
             )
-    return InnerSites(sites, missing, n_heads if "heads" in sites else None)
+    rowwise = [found for found in maps if not found.mixed and not found.mixes and found.layout == "example token unit"]
+    unmixed = tuple(
+        tuple(site for found in rowwise if _is_in(site := _site(found, "output", block), trace)) for block in blocks
+    )
+    return InnerSites(sites, missing, n_heads if "heads" in sites else None, unmixed)
 
 
 def _site(found: _Map, side: Literal["input", "output"], block: Call) -> Site:

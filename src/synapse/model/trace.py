@@ -178,16 +178,22 @@ def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
+class NoSuchRowsError(Exception):
+    """What a module returned cannot be given for single rows: its axes are not known well enough."""
+
+
 @dataclass(frozen=True)
 class Replayable:
-    """A call whose output can be given again for chosen examples.
+    """A call whose output can be given again for chosen examples, and for single rows of them.
 
-    `axes` holds the example axis of every tensor in the output, None where a tensor is the same for all examples.
+    `axes` holds the example axis of every tensor in the output, None where a tensor is the same for all examples;
+    `token_axes` those that count the rows.
     """
 
     module: str
     call: int
     axes: tuple[int | None, ...]
+    token_axes: tuple[tuple[int, ...], ...]
 
     def take(self, output: Any, examples: Int[Tensor, "chosen"]) -> Any:
         """Return the output for the chosen examples."""
@@ -199,14 +205,79 @@ class Replayable:
             ],
         )
 
+    def take_rows(self, output: Any, examples: Int[Tensor, "chosen"], rows: Int[Tensor, "chosen"]) -> Any:
+        """Return the output for one row of each of the chosen examples.
 
-def replayable(call: Call, output: Any, with_one_more: Any) -> Replayable | None:
-    """Return how to replay an output of a call, by comparing it with that for one example more; None if unclear."""
+        Raises:
+            NoSuchRowsError: a tensor that is the same for all examples, which want different rows of it.
+        """
+        return with_tensors(
+            output,
+            [
+                _at_rows(tensor, axis, token_axes, examples, rows)
+                for tensor, axis, token_axes in zip(tensors_in(output), self.axes, self.token_axes, strict=True)
+            ],
+        )
+
+
+def _at_rows(
+    tensor: Tensor,
+    example_axis: int | None,
+    token_axes: tuple[int, ...],
+    examples: Int[Tensor, "chosen"],
+    rows: Int[Tensor, "chosen"],
+) -> Tensor:
+    if example_axis is not None:
+        tensor = tensor.index_select(example_axis, examples)
+    for axis in token_axes:
+        if example_axis is not None:
+            shape = [1] * tensor.ndim
+            shape[example_axis] = len(rows)
+            size = list(tensor.shape)
+            size[axis] = 1
+            tensor = tensor.gather(axis, rows.view(shape).expand(size))
+        elif bool((rows == rows[0]).all()):
+            tensor = tensor.narrow(axis, int(rows[0]), 1)
+        elif axis > 0 and tensor.shape[0] == 1 and len(token_axes) == 1:
+            # An axis of one that stands for the examples: (1, token, ...) -> (chosen, 1, ...).
+            tensor = tensor.index_select(axis, rows).transpose(0, axis)
+        else:
+            raise NoSuchRowsError
+    return tensor
+
+
+def replayable(
+    call: Call, output: Any, with_one_more: Any, shorter: Any, n_tokens: tuple[int, int]
+) -> Replayable | None:
+    """Return how to replay an output of a call; None if unclear.
+
+    It is compared with that for one example more, and with that for a single `shorter` example, where there is one:
+    `n_tokens` are the numbers of rows here and there.
+    """
     first, second = tensors_in(output), tensors_in(with_one_more)
     if len(first) != len(second) or not _is_plain(output):
         return None
     axes = [example_axis(a, b) for a, b in zip(first, second, strict=True)]
-    return None if -1 in axes else Replayable(call.name, call.index, tuple(axes))
+    if -1 in axes:
+        return None
+    others = tensors_in(shorter)
+    if len(others) != len(first):
+        others = first
+    token_axes = [_token_axes(a, b, axis, n_tokens) for a, b, axis in zip(first, others, axes, strict=True)]
+    return Replayable(call.name, call.index, tuple(axes), tuple(token_axes))
+
+
+def _token_axes(
+    tensor: Tensor, shorter: Tensor, example_axis: int | None, n_tokens: tuple[int, int]
+) -> tuple[int, ...]:
+    """Return the axes that count rows: as many as there are rows, here and in the shorter example."""
+    if tensor.ndim != shorter.ndim:
+        return ()
+    return tuple(
+        axis
+        for axis in range(tensor.ndim)
+        if axis != example_axis and (tensor.shape[axis], shorter.shape[axis]) == n_tokens
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +295,13 @@ class Replay:
         return Replay(
             tuple((part, part.take(output, examples)) for part, output in self.before),
             tuple((part, part.take(output, examples)) for part, output in self.blocks),
+        )
+
+    def take_rows(self, examples: Int[Tensor, "chosen"], rows: Int[Tensor, "chosen"]) -> "Replay":
+        """Return the outputs for one row of each of the chosen examples."""
+        return Replay(
+            tuple((part, part.take_rows(output, examples, rows)) for part, output in self.before),
+            tuple((part, part.take_rows(output, examples, rows)) for part, output in self.blocks),
         )
 
     def up_to(self, layer: int, states: Tensor | None) -> dict[str, list[Any]]:

@@ -1,9 +1,13 @@
 """Sweeps: plans of interventions, and the logits under each of them."""
 
-from synapse.sweeping.plan import FRACTIONS, KINDS, Cell, Cost, Grid, Kind, Reach, cost_of, plan
-from synapse.sweeping.run import TOLERANCE, joined, sweep
+from synapse.sweeping.groups import TOLERANCE
+from synapse.sweeping.kinds import KINDS, Kind
+from synapse.sweeping.plan import FRACTIONS, Cell, Cost, Grid, Reach, cost_of, cumulative, plan
+from synapse.sweeping.run import AUTOCAST, ENGINES, joined, sweep
 
 __all__ = [
+    "AUTOCAST",
+    "ENGINES",
     "FRACTIONS",
     "KINDS",
     "TOLERANCE",
@@ -13,6 +17,7 @@ __all__ = [
     "Kind",
     "Reach",
     "cost_of",
+    "cumulative",
     "joined",
     "plan",
     "sweep",

@@ -10,50 +10,17 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
-from synapse.errors import SettingsError, near
+from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
-from synapse.perturb.activations import Intervention, Mean, Noise, Scale, Zero
+from synapse.perturb.base import Intervention
 from synapse.ranking.base import Ranking, count_of
+from synapse.sweeping.kinds import KINDS, Kind
 from synapse.types import CELL_COLUMNS, GLOBAL, SWEPT_SCOPES, Activations, Component, Neurons, Scope, Selection
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1.0)
 """Shares of the width, dense at both ends: in early layers little is lost before nearly all is gone."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of intervention with its strength: the factor of `scale`, or deviations of `noise`."""
-
-    name: str
-    strength: float = float("nan")
-
-    def of(self, neurons: Neurons, scope: Scope, reference: Activations, *, seed: int = 0) -> Intervention:
-        """Return the intervention on these neurons, with the reference examples' means and deviations.
-
-        `seed` is that of the noise.
-        """
-        if self.name == "zero":
-            return Zero(neurons, scope=scope)
-        if self.name == "scale":
-            return Scale(neurons, scope=scope, factor=self.strength)
-        units = list(neurons.units)
-        mean, deviation = _moments(reference, neurons.layer, scope)
-        if self.name == "mean":
-            return Mean(neurons, scope=scope, values=tuple(float(v) for v in mean[units]))
-        if self.name == "noise":
-            deviations = tuple(float(v) for v in deviation[units])
-            return Noise(neurons, scope=scope, strength=self.strength, deviations=deviations, seed=seed)
-        known = ("zero", "mean", "scale", "noise")
-        raise SettingsError(
-            f"There is no intervention {self.name!r}; the kinds are {', '.join(known)}.{near(self.name, known)}"
-        )
-
-
-_MOMENT_KINDS = ("mean", "noise")  # they carry numbers of one layer and one set of rows
-ZERO = Kind("zero")
-KINDS = (ZERO, Kind("mean"), Kind("scale", 0.5), Kind("noise", 1.0))
 
 
 @dataclass(frozen=True)
@@ -93,7 +60,12 @@ class Cell:
     """One intervention of a plan.
 
     `share` is None where it runs on every example; (turn, sets, per_example) where examples take turns: example i
-    meets the sets whose turn `(i + turn) % sets` is below `per_example`.
+    meets the sets whose turn `(i + turn) % sets` is below `per_example`. `further` holds neurons of later layers that
+    are edited too, for a cell that edits several layers, each its own neurons.
+
+    Raises:
+        SettingsError: further neurons that are not of later layers of the same component, each of another one; or with
+            the scope `readout-onward`, which edits the first neurons in every later layer.
     """
 
     neurons: Neurons
@@ -105,6 +77,22 @@ class Cell:
     draw: int
     fraction: float
     share: tuple[int, int, int] | None = None
+    further: tuple[Neurons, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse neurons that cannot be edited together."""
+        layers = [neurons.layer for neurons in (self.neurons, *self.further)]
+        one_component = {neurons.component for neurons in self.further} <= {self.neurons.component}
+        if layers != sorted(set(layers)) or not one_component:
+            raise SettingsError(
+                f"A cell was to edit the layers {layers}; one component in layers that rise was expected: put the "
+                "first into `neurons`, the later ones into `further`."
+            )
+        if self.further and self.scope == "readout-onward":
+            raise SettingsError(
+                "A cell of the scope 'readout-onward' was given further neurons; it edits its first ones in every "
+                "later layer. Use the scope 'readout' to edit other neurons in each layer."
+            )
 
     def runs(self, n_examples: int) -> Bool[np.ndarray, "example"]:
         """Return which examples the cell runs on."""
@@ -118,7 +106,7 @@ def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
     """Return the cells of a grid: every layer, scope, kind, size and end of the ranking, global and for each class."""
     cells = []
     for layer, scope, kind in product(range(len(ranking.scores)), grid.scopes, grid.kinds):
-        if scope == "readout-onward" and kind.name in _MOMENT_KINDS:
+        if not kind.fits(scope):
             continue  # the moments of one layer say nothing about a later one
         build = _CellBuilder(ranking, layer, scope, kind)
         first = kind == grid.kinds[0]
@@ -135,6 +123,19 @@ def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
             cells += [
                 build.top(k, label) for label in ranking.labels for k in _sizes(grid.label_fractions, ranking.width)
             ]
+    return cells
+
+
+def cumulative(ranking: Ranking, scope: Scope, kind: Kind, fraction: float, *, label: str = GLOBAL) -> list[Cell]:
+    """Return one cell for every layer, which edits the top neurons of that layer and of every later one.
+
+    Other than `readout-onward`, which edits the same units throughout, each layer has the top of its own ranking.
+    """
+    cells = []
+    for layer in range(len(ranking.scores)):
+        first, *further = [ranking.top(fraction, layer=each, label=label) for each in range(layer, len(ranking.scores))]
+        share = len(first) / ranking.width
+        cells.append(Cell(first, scope, kind, ranking.method, label, "top", -1, share, further=tuple(further)))
     return cells
 
 
@@ -211,7 +212,7 @@ class Reach:
         that matter; a head that reads the mean has every row that is no padding for its readout rows.
         """
         # Means and deviations of `all` are taken over all rows, so those kinds stay apart.
-        if not self.is_proved or (kind.name in _MOMENT_KINDS and scope in ("all", "non-padding")):
+        if not self.is_proved or (kind.has_moments_of_all_rows and scope in ("all", "non-padding")):
             return scope
         is_read = self.component in ("residual", "pooler") and layer == self.n_layers - 1
         is_every_row = self.reads_every_row and scope in ("all", "non-padding")
@@ -230,10 +231,12 @@ def cost_of(cells: Sequence[Cell], n_examples: int, reach: Reach) -> Cost:
 class Run:
     """Cells that come to the same edit on the same examples, run once for all of them.
 
-    `cells` are their positions in the plan, `examples` says which examples it runs on.
+    `cells` are their positions in the plan, `neurons` the first ones that are edited and `further` those of later
+    layers, `examples` says which examples it runs on.
     """
 
     neurons: Neurons
+    further: tuple[Neurons, ...]
     scope: Scope
     kind: Kind
     cells: tuple[int, ...]
@@ -241,45 +244,37 @@ class Run:
 
     @property
     def layer(self) -> int:
-        """The layer that is edited."""
+        """The first layer that is edited."""
         return self.neurons.layer
 
-    def intervention(self, reference: Activations, *, seed: int) -> Intervention:
-        """Return the intervention, with the means and deviations of the reference examples."""
-        return self.kind.of(self.neurons, self.scope, reference, seed=seed)
+    def interventions(self, reference: Activations, *, seed: int) -> dict[int, Intervention]:
+        """Return the intervention of every layer with neurons, with the numbers of the reference examples."""
+        return {
+            neurons.layer: self.kind.of(neurons, self.scope, reference, seed=seed)
+            for neurons in (self.neurons, *self.further)
+        }
 
 
 def merged_runs(cells: Sequence[Cell], n_examples: int, reach: Reach) -> list[Run]:
     """Return what has to be run for these cells: equal edits of the same examples once."""
     merged: dict[tuple[object, ...], list[int]] = {}
-    for position, cell in enumerate(cells):
-        units = tuple(sorted(cell.neurons.units))
-        scope = reach.scope(cell.neurons.layer, cell.scope, cell.kind)
-        key = (cell.neurons.layer, scope, repr(cell.kind), units, cell.share)
+    scopes = [reach.scope(cell.neurons.layer, cell.scope, cell.kind) for cell in cells]
+    for position, (cell, scope) in enumerate(zip(cells, scopes, strict=True)):
+        # What is drawn for a set may depend on the order of its units.
+        units = tuple(cell.neurons.units if cell.kind.is_random else sorted(cell.neurons.units))
+        key = (cell.neurons.layer, scope, cell.kind, units, cell.further, cell.share)
         merged.setdefault(key, []).append(position)
     return [
         Run(
-            neurons=cells[positions[0]].neurons,
-            scope=reach.scope(cells[positions[0]].neurons.layer, cells[positions[0]].scope, cells[positions[0]].kind),
-            kind=cells[positions[0]].kind,
-            cells=tuple(positions),
-            examples=cells[positions[0]].runs(n_examples),
+            neurons=cells[first].neurons,
+            further=cells[first].further,
+            scope=scopes[first],
+            kind=cells[first].kind,
+            cells=(first, *others),
+            examples=cells[first].runs(n_examples),
         )
-        for positions in merged.values()
+        for first, *others in merged.values()
     ]
-
-
-def _moments(
-    reference: Activations, layer: int, scope: Scope
-) -> tuple[Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
-    """Return mean and deviation of every unit over the rows that the scope edits: of one row, or of all that are
-    there."""
-    if scope in ("all", "non-padding") or reference.reads_several_rows:
-        if reference.row_mean is None or reference.row_deviation is None:
-            raise SettingsError("The activations carry no moments over all rows; record them again with `record`.")
-        return reference.row_mean[layer], reference.row_deviation[layer]
-    values = reference.values[layer]
-    return values.mean(axis=0), values.std(axis=0)
 
 
 def cells_frame(cells: Sequence[Cell], n_layers: int) -> pd.DataFrame:

@@ -1,40 +1,43 @@
 """Sweep: the logits of every example under every cell of a plan.
 
-Each run starts at the layer it edits, and the runs of one layer and scope share forward passes.
+Runs whose first edits are at one place share forward passes and take over what their edits leave as it was.
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from synapse.data.examples import Examples
-from synapse.errors import SettingsError, SplitError
-from synapse.model.classifier import Classifier
-from synapse.model.hooks import Edit, Site, edited_sites
-from synapse.model.resume import CleanPass, clean_pass, resume, resume_layer
-from synapse.perturb.activations import AffineEdit, Intervention, noise_for
+from synapse.errors import ResourceError, SettingsError, SplitError, near
+from synapse.measure.sequential import AnytimeChange
+from synapse.model.classifier import Batch, Classifier, hash_tensors
+from synapse.model.resume import CleanPass, clean_pass
 from synapse.ranking.base import Ranking
+from synapse.sweeping.groups import PROOF_RUNS, Group, grouped, refuse_unproved
 from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
-from synapse.types import Activations, Component, Progress, Scope, Sweep, silent
+from synapse.sweeping.results import CLEAN, SweepResults, identity_of
+from synapse.types import Activations, Agreement, Component, Progress, Sweep, silent
 
 log = logging.getLogger(__name__)
 
-Results = Iterator[tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Float[np.ndarray, "pair label"]]]
-"""Pairs of a run and an example of the batch, with their logits, a chunk at a time."""
+ENGINES: dict[str, str] = {
+    "auto": "what is proved to give the plain forward's logits is taken over, the rest is run plain",
+    "exact": "the same, and an error where nothing can be taken over",
+    "plain": "the whole model under hooks for every cell",
+}
 
-TOLERANCE = 1e-4
-"""Largest logit difference from the plain hooked forward at which the resumed one is trusted."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Reduced precisions, by name."""
 
-
-PROOF_EXAMPLES = 8
-"""Examples of the first batch on which that is tried."""
+WAVE = 64
+"""Examples after which a sweep with a precision looks which cells may stop."""
 
 
 def sweep(
@@ -45,56 +48,72 @@ def sweep(
     reference: Activations,
     cells: Iterable[Cell] | None = None,
     fractions: Sequence[float] = FRACTIONS,
-    engine: str = "resume",
+    engine: str = "auto",
+    precision: float | None = None,
+    autocast: str | None = None,
+    keep: Path | str | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Sweep:
     """Return the logits of the examples under every cell.
 
     `cells` is a plan of your own; without one, the default grid with these `fractions` is swept. `reference` (the
-    training examples) gives the means and deviations that `mean` and `noise` use. `engine` is `resume` (start at the
-    edited layer) or `plain` (the whole model under hooks for every cell). The first runs of each layer and scope are
-    compared with `plain`; where their logits differ by more than `TOLERANCE`, these are run plain, with a warning.
+    training examples) gives the numbers that kinds such as `mean` and `noise` use.
+
+    `engine` is one of `ENGINES`. The first runs of each site and scope are compared with the plain hooked forward; what
+    their logits do not bear out within 1e-4 is not used, and `Sweep.reuse` says what was. Working memory is that of one
+    batch and one forward pass, each of at most `classifier.max_tokens` rows, whatever the number of examples and cells;
+    the results take 4 bytes a cell, example and label, in files if `keep` is given.
+
+    With a `precision`, examples come in a random order, and a cell stops once the 95 % confidence sequence of its
+    change of accuracy over these examples has at most that half-width (see `synapse.measure.sequential`); the logits of
+    the examples that it was spared are NaN. `autocast` (`bf16`, `fp16`) runs the model in reduced precision, and
+    `Sweep.agreement` says how that compares with float32. `keep` is a folder that holds what is done: the same call
+    goes on there after it was killed, and ends with the same logits.
 
     Raises:
         SplitError: the examples are those that the ranking was made from.
-        SettingsError: an unknown engine.
+        SettingsError: an unknown engine or precision.
+        ModelError: the engine `exact`, and a site at which nothing can be taken over.
+        ResourceError: memory does not suffice for a single run.
     """
-    if examples.fingerprint == ranking.source:
-        raise SplitError(
-            f"The neurons were ranked on {examples.name}, and the sweep was to measure them on the same examples; use "
-            "examples that the ranking has not seen, or the result flatters the ranking."
-        )
-    if engine not in ("resume", "plain"):
-        raise SettingsError(f"There is no engine {engine!r}; 'resume' or 'plain' was expected.")
+    _check(examples, ranking, reference, engine, autocast)
     planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
     targets = examples.targets(classifier.labels)
-    if ranking.component != reference.component:
-        raise SettingsError(
-            f"The ranking is of {ranking.component!r}, the reference activations of {reference.component!r}; both "
-            "must be of one component: record the reference with the same `component=`."
-        )
     runs = merged_runs(planned, len(examples), Reach.of(classifier, ranking.component))
-    groups = _grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
-    results = np.full((len(runs), len(examples), len(classifier.labels)), np.nan, dtype=np.float32)
-    clean_logits = np.empty((len(examples), len(classifier.labels)), dtype=np.float32)
-    done, total = 0, sum(int(run.examples.sum()) for run in runs)
-    for batch in classifier.batches(examples.inputs):
-        clean = clean_pass(classifier, batch)
-        clean_logits[batch.index] = clean.logits.float().cpu().numpy()
-        for group in groups:
-            for run, example, logits in group.results(classifier, clean):
-                results[run, batch.index[example]] = logits
-                done += len(run)
-                progress(done, total)
-    logits = np.empty((len(planned), *results.shape[1:]), dtype=np.float32)
-    for row, merged in enumerate(runs):
-        logits[list(merged.cells)] = results[row]
-    frame = cells_frame(planned, len(classifier.sites(ranking.component)))
-    run_plain = tuple(
-        f"{group.component} of layer {group.layer}, {group.scope}" for group in groups if group.trusted is False
+    groups = grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
+    passes = _Passes(classifier, ranking.component if engine != "plain" else None, autocast)
+    sizes = (len(runs), len(examples), len(classifier.labels), len(groups))
+    if keep is None:
+        results = SweepResults.in_memory(*sizes)
+    else:
+        options = (engine, precision, autocast, seed, classifier.max_tokens, str(classifier.device))
+        identity = _identity(classifier, examples, reference, runs, options)
+        results = SweepResults.in_folder(Path(keep), identity, *sizes)
+    waves = [np.arange(len(examples))] if precision is None else _waves(len(examples), seed)
+    stopping = None if precision is None else _Stopping(runs, targets, precision)
+    going_on = np.ones(len(runs), dtype=bool)
+    reported = _Reported(progress, sum(int(run.examples.sum()) for run in runs))
+    agreement = None
+    with classifier.studied():
+        for wave in waves:
+            for batch in _batches(classifier, examples, targets, wave):
+                if engine != "plain" and groups and groups[0].reuse is None:
+                    agreement = passes.prove(groups, batch)
+                    if engine == "exact":
+                        refuse_unproved(groups)
+                _run_batch(passes, groups, batch, results, going_on, reported)
+            if stopping is not None:
+                going_on = stopping.after(wave, results)
+    return Sweep(
+        cells_frame(planned, len(classifier.sites(ranking.component))),
+        _by_cell(results, runs, len(planned)),
+        np.array(results.clean_logits),
+        targets,
+        classifier.labels,
+        {group.name: str(group.reuse) for group in groups},
+        agreement,
     )
-    return Sweep(frame, logits, clean_logits, targets, classifier.labels, tuple(dict.fromkeys(run_plain)))
 
 
 def joined(sweeps: Sequence[Sweep]) -> Sweep:
@@ -106,155 +125,188 @@ def joined(sweeps: Sequence[Sweep]) -> Sweep:
         first.clean_logits,
         first.targets,
         first.labels,
-        tuple(place for each in sweeps for place in each.run_plain),
+        {place: how for each in sweeps for place, how in each.reuse.items()},
+        min((each.agreement for each in sweeps if each.agreement), key=lambda found: found.same, default=None),
     )
 
 
-@dataclass(eq=False)
-class _Group:
-    """Runs of one site and scope. Run i stands in row `rows[i]` of the results; row i of `edit` is its intervention.
-
-    `asked` says which of all examples each run is about. `noise_seed` is None where nothing is random. `trusted` says
-    whether resuming gives the plain forward's logits; None as long as it was not compared.
-    """
-
-    component: Component
-    layer: int
-    scope: Scope
-    noise_seed: int | None
-    rows: Int[np.ndarray, "run"]
-    interventions: list[Intervention]
-    asked: Bool[np.ndarray, "run all"]
-    edit: AffineEdit
-    trusted: bool | None
-
-    def results(self, classifier: Classifier, clean: CleanPass) -> Results:
-        """Yield the logits of all runs on the batch's examples, each run on those it asks for."""
-        run, example = np.nonzero(self.asked[:, clean.batch.index])
-        if len(run) and self.trusted is None:
-            self.trusted = self._agrees_with_plain(classifier, clean, run, example)
-        if not self.trusted:
-            yield from self._plain(classifier, clean, run, example)
-            return
-        noise = self._noise(classifier, clean)
-        size = max(1, classifier.max_tokens // clean.n_tokens)
-        for start in range(0, len(run), size):
-            chunk = slice(start, start + size)
-            yield (
-                self.rows[run[chunk]],
-                example[chunk],
-                self._resumed(classifier, clean, run[chunk], example[chunk], noise),
-            )
-
-    def _resumed(
-        self,
-        classifier: Classifier,
-        clean: CleanPass,
-        run: Int[np.ndarray, "pair"],
-        example: Int[np.ndarray, "pair"],
-        noise: dict[int, torch.Tensor],
-    ) -> Float[np.ndarray, "pair label"]:
-        chosen = torch.from_numpy(example).to(classifier.device)
-        edit = self.edit.take(torch.from_numpy(run).to(classifier.device))
-        sites = classifier.sites(self.component)
-        edits: list[tuple[Site, Edit]] = [
-            (
-                sites[layer],
-                partial(self._edited, classifier, sites[layer], edit, noise[layer][chosen] if noise else None),
-            )
-            for layer in self._edited_layers(classifier)
-        ]
-        below = resume_layer(classifier, self.component, self.layer)
-        states = None if below < 0 else clean.states[below][chosen]
-        with torch.inference_mode(), edited_sites(classifier.module, edits):
-            return resume(classifier, clean, below, states, chosen).float().cpu().numpy()
-
-    def _edited(
-        self, classifier: Classifier, site: Site, edit: AffineEdit, noise: torch.Tensor | None, states: torch.Tensor
-    ) -> torch.Tensor:
-        rows = classifier.rows(classifier.current_batch, site, states.shape[1], self.scope)
-        return edit(states, rows, noise)
-
-    def _plain(
-        self,
-        classifier: Classifier,
-        clean: CleanPass,
-        run: Int[np.ndarray, "pair"],
-        example: Int[np.ndarray, "pair"],
-    ) -> Results:
-        for one in np.unique(run):
-            mine = example[run == one]
-            with classifier.edited(self.interventions[one]):
-                logits = classifier.forward(clean.batch).float().cpu().numpy()
-            yield np.full(len(mine), self.rows[one]), mine, logits[mine]
-
-    def _agrees_with_plain(
-        self,
-        classifier: Classifier,
-        clean: CleanPass,
-        run: Int[np.ndarray, "pair"],
-        example: Int[np.ndarray, "pair"],
-    ) -> bool:
-        """Compare a few runs, from the smallest set to the largest, with the plain hooked forward."""
-        asked = np.unique(example)[:PROOF_EXAMPLES]
-        run, example = run[np.isin(example, asked)], np.searchsorted(asked, example[np.isin(example, asked)])
-        clean = clean.take(torch.from_numpy(asked).to(classifier.device))
-        sizes = np.array([len(intervention.neurons) for intervention in self.interventions])
-        by_size = np.unique(run)[np.argsort(sizes[np.unique(run)], kind="stable")]
-        few = np.isin(run, by_size[np.linspace(0, len(by_size) - 1, 3).astype(int)])
-        resumed = self._resumed(classifier, clean, run[few], example[few], self._noise(classifier, clean))
-        plain = np.concatenate([logits for _, _, logits in self._plain(classifier, clean, run[few], example[few])])
-        worst = float(np.abs(plain - resumed).max())
-        agrees = worst <= TOLERANCE  # false for NaN, which agrees with nothing
-        if not agrees:
-            log.warning(
-                "%s of layer %d, scope %s: resumed logits differ from the plain forward by %.1e (at most %.0e is "
-                "trusted); it is run plain, which is slower.",
-                *(self.component, self.layer, self.scope, worst, TOLERANCE),
-            )
-        return agrees
-
-    def _edited_layers(self, classifier: Classifier) -> range:
-        n_layers = len(classifier.sites(self.component))
-        return range(self.layer, n_layers if self.scope == "readout-onward" else self.layer + 1)
-
-    def _noise(self, classifier: Classifier, clean: CleanPass) -> dict[int, torch.Tensor]:
-        """Return the noise of every example of the batch at each edited layer; nothing where none is needed."""
-        if self.noise_seed is None:
-            return {}
-        sites = classifier.sites(self.component)
-        noise = {}
-        for layer in self._edited_layers(classifier):
-            n_tokens = 1 if sites[layer].layout == "example unit" else clean.n_tokens
-            noise[layer] = noise_for(classifier, clean.batch, self.component, layer, n_tokens, seed=self.noise_seed)
-        return noise
-
-
-def _grouped(
-    runs: Sequence[Run], reference: Activations, classifier: Classifier, *, seed: int, plain: bool
-) -> list[_Group]:
-    members: dict[tuple[int, Scope, bool], list[int]] = defaultdict(list)
-    for row, run in enumerate(runs):
-        members[run.layer, run.scope, run.kind.name == "noise"].append(row)
-    groups = []
-    for (layer, scope, noisy), rows in sorted(members.items()):
-        chosen = [runs[row] for row in rows]
-        interventions = [run.intervention(reference, seed=seed) for run in chosen]
-        component = chosen[0].neurons.component
-        width = classifier.sites(component)[layer].width
-        edit = AffineEdit.stacked([each.edit(width) for each in interventions]).to(classifier.device)
-        asked = np.stack([run.examples for run in chosen])
-        groups.append(
-            _Group(
-                component,
-                layer,
-                scope,
-                seed if noisy else None,
-                np.array(rows),
-                interventions,
-                asked,
-                edit,
-                False if plain else None,
-            )
+def _check(examples: Examples, ranking: Ranking, reference: Activations, engine: str, autocast: str | None) -> None:
+    if examples.fingerprint == ranking.source:
+        raise SplitError(
+            f"The neurons were ranked on {examples.name}, and the sweep was to measure them on the same examples; use "
+            "examples that the ranking has not seen, or the result flatters the ranking."
         )
-    return groups
+    if engine not in ENGINES:
+        raise SettingsError(
+            f"There is no engine {engine!r}; one of {', '.join(ENGINES)} was expected.{near(engine, ENGINES)}"
+        )
+    if autocast is not None and autocast not in AUTOCAST:
+        raise SettingsError(f"There is no reduced precision {autocast!r}; one of {', '.join(AUTOCAST)} was expected.")
+    if ranking.component != reference.component:
+        raise SettingsError(
+            f"The ranking is of {ranking.component!r}, the reference activations of {reference.component!r}; both "
+            "must be of one component: record the reference with the same `component=`."
+        )
+
+
+def _waves(n_examples: int, seed: int) -> list[Int[np.ndarray, "wave"]]:
+    """Return the positions of the examples in a random order, cut into waves."""
+    order = np.random.default_rng((seed, n_examples)).permutation(n_examples)
+    return [order[start : start + WAVE] for start in range(0, n_examples, WAVE)]
+
+
+def _batches(
+    classifier: Classifier,
+    examples: Examples,
+    targets: Int[np.ndarray, "example"],
+    index: Int[np.ndarray, "chosen"],
+) -> Iterator[Batch]:
+    """Yield batches of the chosen examples; their `index` counts among all of them."""
+    chosen = examples.take(index)
+    for batch in classifier.batches(chosen.inputs, targets[index]):
+        yield Batch(index[batch.index], batch.keys, batch.inputs, batch.labels)
+
+
+def _identity(
+    classifier: Classifier, examples: Examples, reference: Activations, runs: Sequence[Run], options: tuple[object, ...]
+) -> str:
+    """Return a hash of what the logits of a sweep depend on."""
+    return identity_of(
+        {
+            "weights": classifier.weights_hash(),
+            "examples": examples.fingerprint,
+            "reference": [
+                reference.source,
+                reference.component,
+                hash_tensors({"values": torch.from_numpy(reference.values)}),
+            ],
+            "runs": [repr((run.neurons, run.further, run.scope, run.kind)) for run in runs],
+            "asked": [np.flatnonzero(run.examples).tolist() for run in runs if not run.examples.all()],
+            "options": options,
+        }
+    )
+
+
+def _run_batch(
+    passes: "_Passes",
+    groups: Sequence[Group],
+    batch: Batch,
+    results: SweepResults,
+    going_on: Bool[np.ndarray, "run"],
+    reported: "_Reported",
+) -> None:
+    """Run all groups on one batch, as far as that was not done before."""
+    asked = [group.asked(batch.index) & going_on[group.rows, None] for group in groups]
+    left = [part for part in range(len(groups)) if not results.is_done(batch.index, part)]
+    reported.add(sum(int(which.sum()) for part, which in enumerate(asked) if part not in left))
+    if not left and results.is_done(batch.index, CLEAN):
+        return
+    with passes.precision():
+        for clean, piece, is_last in passes.clean(batch):
+            results.clean_logits[clean.batch.index] = clean.logits.float().cpu().numpy()
+            if is_last:
+                results.finish(batch.index, CLEAN)
+            for part in left:
+                for run, example, logits in groups[part].results(passes.classifier, clean, asked[part][:, piece]):
+                    results.logits[run, clean.batch.index[example]] = logits
+                    reported.add(len(run))
+                if is_last:
+                    results.finish(batch.index, part)
+
+
+def _by_cell(results: SweepResults, runs: Sequence[Run], n_cells: int) -> np.ndarray:
+    """Return the logits of every cell; those of the runs themselves where no cells were merged."""
+    if [run.cells for run in runs] == [(cell,) for cell in range(n_cells)]:
+        return results.logits
+    logits = np.empty((n_cells, *results.logits.shape[1:]), dtype=np.float32)
+    for row, run in enumerate(runs):
+        logits[list(run.cells)] = results.logits[row]
+    return logits
+
+
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """How a sweep runs the model: what it keeps of clean passes, and in which precision."""
+
+    classifier: Classifier
+    reuse: Component | None
+    autocast: str | None
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Return a context in which the model runs in the precision asked for."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.classifier.device.type, AUTOCAST[self.autocast])
+
+    def clean(self, batch: Batch) -> Iterator[tuple[CleanPass, Int[np.ndarray, "piece"], bool]]:
+        """Yield the clean pass of a batch, its examples, and whether it is the last: in halves if memory runs out."""
+        waiting = [np.arange(len(batch.index))]
+        while waiting:
+            piece = waiting.pop()
+            chosen = torch.from_numpy(piece).to(self.classifier.device)
+            try:
+                clean = clean_pass(self.classifier, batch.take(chosen), reuse=self.reuse)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if len(piece) == 1:
+                    raise ResourceError(
+                        "Memory ran out in the forward pass of a single example; use shorter inputs (--max-length), or "
+                        "a machine with more memory."
+                    ) from error
+                log.warning("Memory ran out with %d examples in a pass; it goes on with half of them.", len(piece))
+                waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+                continue
+            yield clean, piece, not waiting
+
+    def prove(self, groups: Sequence[Group], batch: Batch) -> Agreement | None:
+        """Let every group choose what it takes over, on a few examples in full precision.
+
+        Return how reduced precision compares with it on the same runs, where it was asked for.
+        """
+        # From the first to the last of the batch, which differ most in length.
+        few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_RUNS).astype(int))
+        batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
+        clean = clean_pass(self.classifier, batch, reuse=self.reuse)
+        for group in groups:
+            group.prove(self.classifier, clean)
+        if self.autocast is None:
+            return None
+        full = [group.sample(self.classifier, clean) for group in groups]
+        with self.precision():
+            clean = clean_pass(self.classifier, batch, reuse=self.reuse)
+            reduced = [group.sample(self.classifier, clean) for group in groups]
+        exact, coarse = np.concatenate(full), np.concatenate(reduced)
+        same = float((exact.argmax(axis=1) == coarse.argmax(axis=1)).mean())
+        return Agreement(self.autocast, same, float(np.abs(exact - coarse).max()), len(exact))
+
+
+class _Stopping:
+    """Says after every wave which runs go on: those whose change of accuracy is not known precisely enough."""
+
+    def __init__(self, runs: Sequence[Run], targets: Int[np.ndarray, "example"], precision: float) -> None:
+        self.asked = np.stack([run.examples for run in runs])
+        self.targets = targets
+        self.changes = AnytimeChange(len(runs), self.asked.sum(axis=1), precision)
+        self.going_on = np.ones(len(runs), dtype=bool)
+
+    def after(self, wave: Int[np.ndarray, "wave"], results: SweepResults) -> Bool[np.ndarray, "run"]:
+        """Return which runs go on, with the logits of a wave known."""
+        right = results.clean_logits[wave].argmax(axis=1) == self.targets[wave]
+        for run in np.flatnonzero(self.going_on):
+            mine = wave[self.asked[run, wave]]
+            still = results.logits[run, mine].argmax(axis=1) == self.targets[mine]
+            differences = right[self.asked[run, wave]].astype(np.float64) - still
+            self.changes.update(differences[None], np.array([run]))
+        self.going_on = ~self.changes.is_precise()
+        return self.going_on
+
+
+class _Reported:
+    """Counts the runs that are through."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def add(self, runs: int) -> None:
+        if runs:
+            self.done += runs
+            self.progress(self.done, self.total)

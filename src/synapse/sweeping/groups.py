@@ -1,0 +1,311 @@
+"""Groups of runs that start at one place: how they share forward passes, and what proves that these may be trusted."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from synapse.errors import ModelError, ResourceError
+from synapse.model.classifier import Batch, Classifier
+from synapse.model.hooks import Edit
+from synapse.model.resume import CleanPass, Reuse, Runs, run_logits, runs_in_one_row
+from synapse.perturb.base import Intervention, Place, noise_for
+from synapse.sweeping.plan import Run
+from synapse.types import Activations, Component, Scope
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Largest logit difference from the plain hooked forward at which runs that take over a clean pass are trusted."""
+
+PROOF_RUNS = 3
+"""Runs of a group, from its smallest set to its largest, on which that is tried, each on another example."""
+
+FEWEST_ROWS = 1024
+"""Rows that a forward pass of runs may have at least: with fewer, matrix products do not reach their full speed."""
+
+Results = Iterator[tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Float[np.ndarray, "pair label"]]]
+"""Pairs of a run and an example of the batch, with their logits, a chunk at a time."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Runs whose first edit is at one site, in one scope.
+
+    `rows` are their positions among all runs of the sweep. `reuse` says what they take over of a clean pass, None as
+    long as that was not tried, `plain` where nothing could be trusted; `reason` then says why. `most_rows` is how many
+    token rows a forward pass may have; it is halved when memory runs out.
+    """
+
+    component: Component
+    layer: int
+    scope: Scope
+    rows: Int[np.ndarray, "run"]
+    runs: Sequence[Run]
+    reference: Activations
+    seed: int
+    most_rows: int
+    reuse: Reuse | Literal["plain"] | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Where the runs begin, in words."""
+        return f"{self.component} of layer {self.layer}, {self.scope}"
+
+    def asked(self, examples: Int[np.ndarray, "example"]) -> Bool[np.ndarray, "run example"]:
+        """Return which of these examples (by their position among all) each run is about."""
+        return np.stack([run.examples[examples] for run in self.runs])
+
+    def results(self, classifier: Classifier, clean: CleanPass, asked: Bool[np.ndarray, "run example"]) -> Results:
+        """Yield the logits of the runs on the batch's examples, each run on those it is asked for."""
+        run, example = np.nonzero(asked)
+        if self.reuse == "plain":
+            yield from self._plain(classifier, clean.batch, run, example)
+            return
+        members, start = _Members(self), 0
+        while start < len(run):
+            chunk = slice(start, start + self._chunk_size(classifier, clean))
+            try:
+                logits = self.reused(classifier, clean, members, run[chunk], example[chunk])
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve(chunk.stop - chunk.start, error)
+                continue
+            yield self.rows[run[chunk]], example[chunk], logits
+            start = chunk.stop
+
+    def _chunk_size(self, classifier: Classifier, clean: CleanPass) -> int:
+        alone = self.reuse == "rows" and runs_in_one_row(
+            classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row
+        )
+        return max(1, self.most_rows // (1 if alone else clean.n_tokens))
+
+    @property
+    def in_readout_row(self) -> bool:
+        """Whether the edits change the readout row alone, if there is one."""
+        return self.scope in ("readout", "readout-onward")
+
+    def _halve(self, runs: int, error: BaseException) -> None:
+        if runs == 1:
+            raise ResourceError(
+                f"Memory ran out with a single run of {self.name}; use shorter inputs (--max-length), or a machine "
+                "with more memory."
+            ) from error
+        self.most_rows = max(1, self.most_rows // 2)
+        log.warning("Memory ran out in %s; it goes on with at most %d rows in a pass.", self.name, self.most_rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def reused(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        members: "_Members",
+        run: Int[np.ndarray, "pair"],
+        example: Int[np.ndarray, "pair"],
+    ) -> Float[np.ndarray, "pair label"]:
+        """Return the logits of pairs of a run and an example, in the order of the runs, taking over the clean pass."""
+        firsts = np.flatnonzero(np.diff(run, prepend=-1)).tolist()
+        spans = [
+            _Span(start, stop, members[int(run[start])])
+            for start, stop in zip(firsts, [*firsts[1:], len(run)], strict=True)
+        ]
+        onward = self.scope == "readout-onward"
+        layers = (
+            range(self.layer, len(classifier.sites(self.component)))
+            if onward
+            else sorted({layer for span in spans for layer in span.interventions})
+        )
+        chunk = _Chunk(classifier, clean, self.component, self.scope, spans, example)
+        edits: dict[int, Edit] = {layer: partial(chunk.edited, layer) for layer in layers}
+        chosen = torch.from_numpy(example).to(classifier.device)
+        runs = Runs(self.component, self.layer, edits, chosen, self.in_readout_row)
+        assert self.reuse is not None
+        assert self.reuse != "plain"
+        with torch.inference_mode():
+            return run_logits(classifier, clean, runs, self.reuse).float().cpu().numpy()
+
+    def _plain(
+        self, classifier: Classifier, batch: Batch, run: Int[np.ndarray, "pair"], example: Int[np.ndarray, "pair"]
+    ) -> Results:
+        members = _Members(self)
+        for one in np.unique(run).tolist():
+            mine = example[run == one]
+            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, batch, members[one])[mine]
+
+    def _tried(self, n_examples: int) -> tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]]:
+        """Return pairs to try: runs from the smallest set to the largest, and examples in turn."""
+        order = np.argsort([len(run.neurons) for run in self.runs], kind="stable")
+        run = np.unique(order[np.linspace(0, len(order) - 1, min(PROOF_RUNS, len(order))).astype(int)])
+        return run, np.arange(len(run)) % n_examples
+
+    def sample(self, classifier: Classifier, clean: CleanPass) -> Float[np.ndarray, "pair label"]:
+        """Return the logits of the pairs that are tried, as the sweep runs them."""
+        run, example = self._tried(len(clean.batch.index))
+        if self.reuse == "plain":
+            return np.concatenate([logits for _, _, logits in self._plain(classifier, clean.batch, run, example)])
+        return self.reused(classifier, clean, _Members(self), run, example)
+
+    def prove(self, classifier: Classifier, clean: CleanPass) -> None:
+        """Choose what the runs take over: the most whose logits are those of the plain hooked forward."""
+        run, example = self._tried(len(clean.batch.index))
+        members, reasons = _Members(self), []
+        expected = np.concatenate(
+            [
+                plain_logits(
+                    classifier, clean.batch.take(torch.tensor([which], device=classifier.device)), members[one]
+                )
+                for one, which in zip(run.tolist(), example.tolist(), strict=True)
+            ]
+        )
+        levels: tuple[Reuse, ...] = ("rows", "prefix", "none")
+        alone = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
+        for reuse in levels if alone or clean.knows_rows else levels[1:]:
+            self.reuse = reuse
+            try:
+                gap = float(np.abs(self.reused(classifier, clean, members, run, example) - expected).max())
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # the model's own code may fail in any way on single rows
+                reasons.append(f"{reuse}: {type(error).__name__}: {error}")
+                log.debug("%s, %s", self.name, reasons[-1], exc_info=True)
+                continue
+            if gap <= TOLERANCE:  # false for NaN, which agrees with nothing
+                break
+            reasons.append(f"{reuse}: logits differ by {gap:.1e}, of which {TOLERANCE:.0e} are trusted")
+        else:
+            self.reuse = "plain"
+        self.reason = "; ".join(reasons)
+        if self.reuse in ("none", "plain"):
+            log.warning("%s: the whole model is run for each intervention, which is slow (%s).", self.name, self.reason)
+        elif self.reason:
+            log.info("%s: %s is reused (%s).", self.name, self.reuse, self.reason)
+
+
+def plain_logits(
+    classifier: Classifier, batch: Batch, interventions: Mapping[int, Intervention]
+) -> Float[np.ndarray, "example label"]:
+    """Return the logits of a batch under interventions, by the whole model and its live hooks."""
+    with classifier.edited(*interventions.values()):
+        return classifier.forward(batch).float().cpu().numpy()
+
+
+def refuse_unproved(groups: Sequence[Group]) -> None:
+    """Refuse to run what was asked to be exact and reuses nothing.
+
+    Raises:
+        ModelError: the first of them, and why.
+    """
+    for group in groups:
+        if group.reuse in ("none", "plain"):
+            raise ModelError(
+                f"The exact engine was asked for, and it is not that of the plain forward for {group.name} "
+                f"({group.reason}); use the engine 'auto' or 'plain'."
+            )
+
+
+def grouped(
+    runs: Sequence[Run], reference: Activations, classifier: Classifier, *, seed: int, plain: bool
+) -> list[Group]:
+    """Return the runs in groups, by the place of their first edit."""
+    members: dict[tuple[int, Scope], list[int]] = defaultdict(list)
+    for row, run in enumerate(runs):
+        members[run.layer, run.scope].append(row)
+    return [
+        Group(
+            runs[rows[0]].neurons.component,
+            layer,
+            scope,
+            np.array(rows),
+            [runs[row] for row in rows],
+            reference,
+            seed,
+            max(classifier.max_tokens, FEWEST_ROWS),
+            "plain" if plain else None,
+        )
+        for (layer, scope), rows in sorted(members.items())
+    ]
+
+
+class _Members:
+    """The interventions of a group's runs by layer, made when they are needed."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.made: dict[int, dict[int, Intervention]] = {}
+
+    def __getitem__(self, run: int) -> dict[int, Intervention]:
+        if run not in self.made:
+            self.made[run] = self.group.runs[run].interventions(self.group.reference, seed=self.group.seed)
+        return self.made[run]
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """Pairs from `start` to `stop` that are under the same interventions."""
+
+    start: int
+    stop: int
+    interventions: Mapping[int, Intervention]
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Pairs of a run and an example that share forward passes; `noise` keeps the draws of the batch."""
+
+    classifier: Classifier
+    clean: CleanPass
+    component: Component
+    scope: Scope
+    spans: Sequence[_Span]
+    example: Int[np.ndarray, "pair"]
+    noise: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def edited(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """Return what passes the site of a layer, each span under its own intervention."""
+        classifier, batch = self.classifier, self.classifier.current_batch
+        site = classifier.sites(self.component)[layer]
+        # One row that stands for all of its example is the one to edit.
+        rows = None if states.shape[1] == 1 else classifier.rows(batch, site, states.shape[1], self.scope)
+        parts = []
+        for span in self.spans:
+            part = states[span.start : span.stop]
+            intervention = self._at(layer, span)
+            if intervention is not None:
+                place = Place(
+                    layer,
+                    None if rows is None else rows[span.start : span.stop],
+                    batch.keys[span.start : span.stop],
+                    None if batch.labels is None else batch.labels[span.start : span.stop],
+                    partial(self._noise, layer, span, states.shape[1]),
+                )
+                part = intervention.edited(part, place)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def _at(self, layer: int, span: _Span) -> Intervention | None:
+        if self.scope == "readout-onward":
+            (intervention,) = span.interventions.values()
+            return intervention
+        return span.interventions.get(layer)
+
+    def _noise(self, layer: int, span: _Span, n_rows: int, seed: int) -> torch.Tensor:
+        """Return the draws for the rows that are there: all of each example, or the one that the head reads."""
+        clean, site = self.clean, self.classifier.sites(self.component)[layer]
+        n_tokens = 1 if site.layout == "example unit" else clean.n_tokens
+        if (layer, seed) not in self.noise:
+            self.noise[layer, seed] = noise_for(
+                self.classifier, clean.batch, self.component, layer, n_tokens, seed=seed
+            )
+        example = torch.from_numpy(self.example[span.start : span.stop]).to(self.classifier.device)
+        draws = self.noise[layer, seed]
+        if n_rows == n_tokens:
+            return draws[example]
+        assert clean.row is not None
+        return draws[example, clean.row[example]].unsqueeze(1)

@@ -1,0 +1,109 @@
+"""The logits of a sweep as they come in: in memory, or in a folder from which a sweep that was killed goes on."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from synapse.errors import RunFolderError
+
+log = logging.getLogger(__name__)
+
+CLEAN = -1
+"""The part of a sweep that is its clean passes."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResults:
+    """The logits of every run and example (NaN: not run), those of the clean passes, and what has been done.
+
+    `done[i, g]` says that the runs of group g are through on example i; its last column is the clean pass.
+    """
+
+    logits: Float[np.ndarray, "run example label"]
+    clean_logits: Float[np.ndarray, "example label"]
+    done: Bool[np.ndarray, "example part"]
+
+    @classmethod
+    def in_memory(cls, n_runs: int, n_examples: int, n_labels: int, n_groups: int) -> "SweepResults":
+        """Return empty results."""
+        shapes = _shapes(n_runs, n_examples, n_labels, n_groups)
+        return cls(*(np.full(shape, fill, dtype=dtype) for shape, dtype, fill in shapes.values()))
+
+    @classmethod
+    def in_folder(
+        cls, folder: Path, identity: str, n_runs: int, n_examples: int, n_labels: int, n_groups: int
+    ) -> "SweepResults":
+        """Return the results of a folder, as far as the same sweep got; those of another one are dropped.
+
+        The arrays lie in files and take no memory; a part counts as done when it has reached the disk.
+        """
+        shapes = _shapes(n_runs, n_examples, n_labels, n_groups)
+        plan = {"identity": identity, "shapes": {name: list(shape) for name, (shape, _, _) in shapes.items()}}
+        if _is_of(folder, plan):
+            log.info("The sweep goes on where it was left in %s.", folder)
+        else:
+            _begin(folder, plan, shapes)
+        return cls(*(np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes))
+
+    def is_done(self, examples: Int[np.ndarray, "chosen"], part: int) -> bool:
+        """Return whether a part is through on all of these examples."""
+        return bool(self.done[examples, part].all())
+
+    def finish(self, examples: Int[np.ndarray, "chosen"], part: int) -> None:
+        """Say that a part is through on these examples, once what it gave is safe."""
+        _flush(self.clean_logits if part == CLEAN else self.logits)
+        self.done[examples, part] = True
+        _flush(self.done)
+
+
+def identity_of(values: Mapping[str, Any]) -> str:
+    """Return a hash of what a sweep's logits depend on."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_Shapes = Mapping[str, tuple[tuple[int, ...], str, Any]]
+
+
+def _shapes(n_runs: int, n_examples: int, n_labels: int, n_groups: int) -> _Shapes:
+    return {
+        "logits": ((n_runs, n_examples, n_labels), "float32", np.nan),
+        "clean_logits": ((n_examples, n_labels), "float32", np.nan),
+        "done": ((n_examples, n_groups + 1), "bool", False),
+    }
+
+
+def _is_of(folder: Path, plan: Mapping[str, Any]) -> bool:
+    try:
+        return bool(json.loads((folder / "sweep.json").read_text(encoding="utf-8")) == plan)
+    except (OSError, ValueError):
+        return False
+
+
+def _begin(folder: Path, plan: Mapping[str, Any], shapes: _Shapes) -> None:
+    """Write empty arrays; the plan comes last and makes the folder one that can be gone on with."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "sweep.json").exists():
+        raise RunFolderError(f"{str(folder)!r} exists and holds no sweep; name another folder with `keep=`.")
+    if folder.exists() and any(folder.iterdir()):
+        log.warning("What lies in %s is of another sweep; it is dropped.", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, (shape, dtype, fill) in shapes.items():
+        array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
+        array[...] = fill
+        array.flush()
+    draft = folder / "sweep.json.draft"
+    draft.write_text(json.dumps(plan), encoding="utf-8")
+    draft.rename(folder / "sweep.json")
+
+
+def _flush(array: np.ndarray) -> None:
+    if isinstance(array, np.memmap):
+        array.flush()
