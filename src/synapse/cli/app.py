@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from synapse.cli import terminal
+from synapse.cli.whatif import whatif
 from synapse.errors import SettingsError, SynapseError
 
 # Threads that wait for work sleep instead of spinning. Read when PyTorch loads its OpenMP library, so it stands before
@@ -298,6 +299,9 @@ def compare(
         raise SettingsError(f"{len(runs)} run was given; two or more are needed for a comparison.")
     terminal.show_comparison(comparison_table(runs))
     terminal.out.print(f"Report: {write_comparison(runs, out)}", markup=False)
+
+
+app.command()(whatif)
 
 
 def _findings(
