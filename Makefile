@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest check architectures figures clean
+.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -37,6 +37,20 @@ architectures: $(STAMP)
 figures: demo
 	$(BIN)/synapse report runs/demo/cybersecurity --figures docs/figures
 
+# The peers of the benchmarks, in an environment of their own, and the sweep against them (docs/benchmarks.md).
+PEERS := .venv-peers
+
+bench-peers: $(PEERS)/installed
+
+bench-sweep: $(PEERS)/installed
+	$(PEERS)/bin/python benchmarks/sweep.py --json runs/bench-sweep.json --markdown docs/benchmarks.md
+
+$(PEERS)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable . --requirement benchmarks/requirements.txt
+	touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -50,4 +64,4 @@ $(OLDEST)/installed: pyproject.toml constraints.txt constraints-oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) $(PEERS) runs .mypy_cache .ruff_cache .pytest_cache

@@ -13,13 +13,14 @@ from synapse.study import forecast, run_study
 QUICK = {"examples": 30, "train_examples": 120, "fractions": (0.1, 0.5, 1.0), "kinds": ("zero", "noise")}
 
 
-def study(out, *, classifier=None, train_seed=1, test_seed=2, **changes):
+def study(out, *, classifier=None, train_seed=1, test_seed=2, progress=lambda *_: None, **changes):
     return run_study(
         classifier or planted_classifier(),
         planted_examples(150, seed=train_seed),
         planted_examples(60, seed=test_seed),
         settings=make_settings(**{**QUICK, **changes}),
         out=out,
+        progress=progress,
     )
 
 
@@ -35,7 +36,13 @@ def test_a_run_folder_holds_what_it_promises(planted_run):
     manifest = json.loads((planted_run / "manifest.json").read_text())
     assert manifest["status"] == "complete"
     n_cells = len(pd.read_parquet(planted_run / "tables" / "sweep.parquet"))
-    assert manifest["sweep"] == {"examples": 30, "cells": n_cells, "sampled": True, "run_plain": []}
+    reuse = manifest["sweep"].pop("reuse")
+    assert manifest["sweep"] == {
+        **{"examples": 30, "cells": n_cells, "sampled": True},
+        **{"run_plain": [], "agreement": None},
+    }
+    assert {place.split(", ")[0] for place in reuse} == {"residual of layer 0", "residual of layer 1"}
+    assert set(reuse.values()) <= {"rows", "prefix"}
 
 
 def test_the_planted_neurons_come_first_by_every_method(planted_run):
@@ -101,7 +108,30 @@ def test_a_study_that_dies_inside_an_intervention_leaves_the_model_as_it_was(tmp
     assert all(value.equal(before[name]) for name, value in classifier.module.state_dict().items())
     modules = list(classifier.module.modules())
     assert all(not m._forward_hooks and not m._forward_pre_hooks and "forward" not in m.__dict__ for m in modules)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".run-sweep"]
+
+
+def test_a_study_that_was_killed_in_its_sweep_goes_on_there_and_ends_as_an_unbroken_one(tmp_path, planted_run):
+    steps = []
+
+    def die(stage, done, total):
+        if stage == "sweep" and total:
+            steps.append(done)
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+    def watch(stage, done, total):
+        if stage == "sweep" and total:
+            steps.append(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path / "planted", progress=die)
+    broken_at, first_step = steps[-1], steps[0]
+    steps.clear()
+    finished = study(tmp_path / "planted", progress=watch)
+    assert first_step < steps[0] <= broken_at
+    assert (finished / "scorecard.json").read_bytes() == (planted_run / "scorecard.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["planted"]
 
 
 def test_a_model_that_did_not_come_back_is_not_reported_on(tmp_path, monkeypatch):

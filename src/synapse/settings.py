@@ -9,7 +9,7 @@ import yaml
 from synapse.attack.noise import DRAWS
 from synapse.errors import SettingsError, near
 from synapse.ranking import METHODS
-from synapse.sweeping import FRACTIONS, KINDS, Grid, Kind
+from synapse.sweeping import AUTOCAST, ENGINES, FRACTIONS, KINDS, Grid, Kind
 from synapse.types import COMPONENTS, SWEPT_SCOPES, Component, Readout, Scope
 
 Amount = int | Literal["all"]
@@ -70,6 +70,11 @@ class Settings(pydantic.BaseModel):
     noise: float = pydantic.Field(1.0, gt=0, description="noise, in deviations of the neuron")
     random_sets: int = pydantic.Field(10, ge=10, description="random sets of every size")
     random_sets_per_example: int = pydantic.Field(1, ge=1, description="how many of them each example meets")
+    engine: str = pydantic.Field("auto", description=f"how cells are run: {', '.join(ENGINES)}")
+    precision: float | None = pydantic.Field(
+        None, gt=0, le=0.5, description="stop a cell when its change of accuracy is known to so much (0.005)"
+    )
+    autocast: str | None = pydantic.Field(None, description="run the sweep in reduced precision: bf16 or fp16")
     noise_draws: int = pydantic.Field(DRAWS, ge=2, description="draws of weight noise of every size")
     noise_examples: Amount = pydantic.Field(32, description="examples of the sweep that weight noise runs on")
 
@@ -94,6 +99,16 @@ class Settings(pydantic.BaseModel):
         if isinstance(sites, (tuple, list)):
             return _known(tuple(str(site) for site in sites), COMPONENTS, "site")
         return sites
+
+    @pydantic.field_validator("engine")
+    @classmethod
+    def _known_engine(cls, engine: str) -> str:
+        return _known((engine,), tuple(ENGINES), "engine")[0]
+
+    @pydantic.field_validator("autocast")
+    @classmethod
+    def _known_precision(cls, autocast: str | None) -> str | None:
+        return None if autocast is None else _known((autocast,), tuple(AUTOCAST), "reduced precision")[0]
 
     @pydantic.field_validator("kinds")
     @classmethod

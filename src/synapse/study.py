@@ -2,10 +2,11 @@
 
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -64,10 +65,12 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     """
     n_train, n_test = _amount(settings.train_examples, len(train)), len(test)
     n_sweep = _amount(settings.examples, len(test))
+    first = next(iter(classifier.batches(test.inputs[:1])))
+    clean = clean_pass(classifier, first, reuse="residual")
     costs = []
     for component in settings.sites:
         cells = plan(_any_ranking(classifier, component), settings.grid(), seed=settings.seed)
-        costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component)))
+        costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component, clean)))
     cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
     noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
     passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
@@ -85,6 +88,8 @@ def run_study(
     command: str = "",
 ) -> Path:
     """Study a classifier and leave a run folder at `out`; nothing is left there if the study does not end well.
+
+    What its sweeps have done by then lies beside it, in `.NAME-sweep`, from where the same study goes on.
 
     Neurons are ranked and attacks are fitted on `train`; everything is measured on `test`. The classifier's weights are
     compared by SHA-256 before and after.
@@ -109,11 +114,13 @@ def run_study(
     swept = test.take(rows)
     noisy = _sample(swept, classifier, settings.noise_examples, settings.seed)
     timer, seed = _Timer(progress), settings.seed
+    # Beside the run, so that the same study goes on there if it is killed in its longest stage.
+    unfinished = out.with_name(f".{out.name}-sweep")
     weights_hash = classifier.weights_hash()
 
     recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings.sites, step))
     parts = [
-        _studied(classifier, component, recorded[component], train, test, swept, settings, timer)
+        _studied(classifier, component, recorded[component], train, test, swept, settings, unfinished, timer)
         for component in settings.sites
     ]
     whole = recorded[settings.sites[0]]  # logits and features are the same whichever component they came with
@@ -123,6 +130,7 @@ def run_study(
         lambda step: noise_attack(classifier, swept.take(noisy), seed=seed, draws=settings.noise_draws, progress=step),
     )
     if classifier.weights_hash() != weights_hash:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
     outcome = joined([part.outcome for part in parts])
     tables = timer.stage(
@@ -145,6 +153,7 @@ def run_study(
         )
         write_json(draft / "manifest.json", manifest)
         write_report(draft)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -181,9 +190,10 @@ def _studied(
     test: Examples,
     swept: Examples,
     settings: Settings,
+    unfinished: Path,
     timer: "_Timer",
 ) -> _Studied:
-    """Probe, rank and sweep one component."""
+    """Probe, rank and sweep one component; what the sweep has done is kept in `unfinished`."""
     seed, name = settings.seed, f" {component}" if len(settings.sites) > 1 else ""
     probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed))
     evaluations = timer.stage(f"controls{name}", lambda _: _evaluated(probes, recorded, train, test, seed))
@@ -196,6 +206,10 @@ def _studied(
             rankings[0],
             reference=recorded.train,
             cells=plan(rankings[0], settings.grid(), seed=seed),
+            engine=settings.engine,
+            precision=settings.precision,
+            autocast=settings.autocast,
+            keep=unfinished / component,
             seed=seed,
             progress=step,
         ),
@@ -375,6 +389,8 @@ def _manifest(
             "cells": len(outcome.cells),
             "sampled": n_swept < len(test),
             "run_plain": list(outcome.run_plain),
+            "reuse": dict(outcome.reuse),
+            "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
         },
         "timings": {**seconds, "total": round(sum(seconds.values()), 3)},
     }

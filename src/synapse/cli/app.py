@@ -57,7 +57,7 @@ class Dtype(StrEnum):
     auto = "auto"
 
 
-INPUTS, FINDINGS = "What the examples are", "Where the anatomy is not found"
+INPUTS, FINDINGS, ENGINE = "What the examples are", "Where the anatomy is not found", "How the sweep is run"
 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Blocks = Annotated[
@@ -118,6 +118,19 @@ def run(
     random_sets_per_example: Annotated[
         int | None, typer.Option(help="How many random sets of a size each example meets. [1]")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, exact (fail where nothing can be reused) or plain. [auto]", rich_help_panel=ENGINE),
+    ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop a cell once its change of accuracy is known to so much, such as 0.005.", rich_help_panel=ENGINE
+        ),
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(help="Run the sweep in reduced precision: bf16 or fp16.", rich_help_panel=ENGINE)
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report. [name of the model]")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Run in float32, or as the weights are. [float32]")] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -160,6 +173,9 @@ def run(
         "kinds": _names(kinds),
         "random_sets": random_sets,
         "random_sets_per_example": random_sets_per_example,
+        "engine": engine,
+        "precision": precision,
+        "autocast": autocast,
         "title": title,
         "dtype": dtype.value if dtype else None,
         "trust_remote_code": trust_remote_code or None,

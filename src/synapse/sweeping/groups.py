@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest logit difference from the plain hooked forward at which runs that take over a clean pass are trusted."""
 
-PROOF_RUNS = 3
-"""Runs of a group, from its smallest set to its largest, on which that is tried, each on another example."""
+PROOF_RUNS = 2
+"""Runs of a group on which that is tried: its smallest set and its largest, each on another example."""
 
 FEWEST_ROWS = 1024
 """Rows that a forward pass of runs may have at least: with fewer, matrix products do not reach their full speed."""

@@ -14,6 +14,7 @@ from jaxtyping import Bool
 
 from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
+from synapse.model.resume import CleanPass
 from synapse.perturb.base import Intervention
 from synapse.ranking.base import Ranking, count_of
 from synapse.sweeping.kinds import KINDS, Kind
@@ -173,9 +174,13 @@ class _CellBuilder:
         return Cell(neurons, self.scope, self.kind, "", GLOBAL, "top", -1, 1.0)
 
 
+_KEYS_AND_VALUES = 0.2
+"""Share of a block's work that keys and values of all rows are, and the rest for one row."""
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs: runs of an example under a cell, and block passes in all (one block on one example each)."""
+    """What a plan costs: runs of an example under a cell, and the work in all, in blocks that run one example."""
 
     cells: int
     runs: int
@@ -184,26 +189,41 @@ class Cost:
 
 @dataclass(frozen=True)
 class Reach:
-    """What an edit of a component can reach: which scopes come to the same there, and how many blocks run after it."""
+    """What an edit of a component can reach: which scopes come to the same there, and how many blocks run after it.
+
+    `knows_rows` says that the last block can be run for the readout row alone, `row_is_alone_from` from which block on
+    an edit of that row reaches no other one (`n_blocks`: from none).
+    """
 
     component: Component
     n_layers: int
     n_blocks: int
     is_proved: bool
     reads_every_row: bool
+    knows_rows: bool
+    row_is_alone_from: int
 
     @classmethod
-    def of(cls, classifier: Classifier, component: Component) -> "Reach":
-        """Return the reach of a classifier's component."""
+    def of(cls, classifier: Classifier, component: Component, clean: CleanPass | None = None) -> "Reach":
+        """Return the reach of a classifier's component; a clean pass tells which rows need not be run."""
         anatomy, n_layers = classifier.anatomy, len(classifier.sites(component))
-        every = anatomy.readout in ("mean", "first-and-mean")
-        return cls(component, n_layers, classifier.n_layers, anatomy.readout_is_proved, every)
+        return cls(
+            component,
+            n_layers,
+            classifier.n_layers,
+            anatomy.readout_is_proved,
+            anatomy.readout in ("mean", "first-and-mean"),
+            clean is not None and clean.knows_rows,
+            classifier.n_layers if clean is None else clean.row_is_alone_from,
+        )
 
-    def blocks_run(self, layer: int) -> int:
-        """Return how many blocks run when a run starts at this layer."""
-        if self.component == "pooler":
-            return 0
-        return self.n_blocks - layer - (1 if self.component == "residual" else 0)
+    def blocks_run(self, layer: int, scope: Scope) -> float:
+        """Return how many blocks' worth of work is left when a run starts at this layer; single rows count nothing."""
+        first = self.n_blocks if self.component == "pooler" else layer + (self.component == "residual")
+        is_one_row = scope in ("readout", "readout-onward") and first >= self.row_is_alone_from
+        if first == self.n_blocks or is_one_row:
+            return 0.0
+        return self.n_blocks - first - (1 - _KEYS_AND_VALUES) * self.knows_rows
 
     def scope(self, layer: int, scope: Scope, kind: Kind) -> Scope:
         """Return `readout` for a scope that comes to the same, where the readout was proved on load.
@@ -223,8 +243,8 @@ def cost_of(cells: Sequence[Cell], n_examples: int, reach: Reach) -> Cost:
     """Return what the plan will really run, after equal cells were merged."""
     runs = merged_runs(cells, n_examples, reach)
     total = sum(int(run.examples.sum()) for run in runs)
-    blocks = sum(int(run.examples.sum()) * reach.blocks_run(run.layer) for run in runs)
-    return Cost(len(cells), total, blocks + n_examples * reach.n_blocks)
+    blocks = sum(int(run.examples.sum()) * reach.blocks_run(run.layer, run.scope) for run in runs)
+    return Cost(len(cells), total, round(blocks) + n_examples * reach.n_blocks)
 
 
 @dataclass(frozen=True, eq=False)

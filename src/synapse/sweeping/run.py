@@ -262,7 +262,7 @@ class _Passes:
 
         Return how reduced precision compares with it on the same runs, where it was asked for.
         """
-        # From the first to the last of the batch, which differ most in length.
+        # The first and the last of the batch differ most in length: the one has no padding, the other has most.
         few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_RUNS).astype(int))
         batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
         clean = clean_pass(self.classifier, batch, reuse=self.reuse)

@@ -1,0 +1,1 @@
+"""The sides of a benchmark: synapse, plain hooks, and the peers."""
