@@ -6,12 +6,19 @@ Each line says what was found in the live model; `tests/model/test_architectures
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from architectures import N_LABELS, TABLE, Architecture
 
+from synapse.data.examples import Examples
 from synapse.errors import AnatomyError
 from synapse.model.classifier import Classifier
+from synapse.model.resume import clean_pass
+from synapse.ranking.base import Ranking
+from synapse.recording import record
+from synapse.sweeping import Cell, Kind, sweep
+from synapse.types import Neurons
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -34,12 +41,18 @@ pass.
 - *padding*: `shared` - examples of unequal length share batches; `one length` - padding would move this model's logits,
   or its rows cannot be told from padding, so a batch holds examples of one length; `fixed` - all examples have as many
   rows.
+- *reuse*: which rows a sweep need not compute again, beside all that lies below an edit, which it never does. `last
+  block` - there only the row that the head reads is computed, and where an edit of that row meets the first block
+  behind it, the projections of the other rows are taken over; `every block` - an edit of that row reaches no other one,
+  so it alone is computed in all blocks (causal decoders); `head` - behind the last block the head runs on that row
+  alone, but the attention does not pass PyTorch's `scaled_dot_product_attention`, or a block has several; a dash: the
+  head reads several rows, and all are computed. The tests hold all of it against the plain hooked forward.
 - *hidden states*: how many of the library's own states are the plain outputs of blocks, and were compared.
 
 Measured with transformers {transformers} and torch {torch}.
 
-| architecture | blocks | readout | mlp | attention | heads | padding | hidden states | note |
-|---|---|---|---|---|---|---|---|---|
+| architecture | blocks | readout | mlp | attention | heads | padding | reuse | hidden states | note |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -65,12 +78,31 @@ def line(row: Architecture, classifier: Classifier) -> str:
     attention = "yes" if "attention" in anatomy.sites else "–"
     shared = " (one, shared)" if len(set(anatomy.blocks)) == 1 < len(anatomy.blocks) else ""
     cells = (row.name, f"{classifier.n_layers}{shared}", anatomy.readout, mlp, attention, anatomy.n_heads or "–")
-    return "| " + " | ".join(str(cell) for cell in (*cells, padding, compared, note)) + " |"
+    return "| " + " | ".join(str(cell) for cell in (*cells, padding, reuse_of(row, classifier), compared, note)) + " |"
+
+
+def reuse_of(row: Architecture, classifier: Classifier) -> str:
+    """Return which rows a sweep of the row's model takes over, in a word: what proved itself in the last layers."""
+    labels = tuple(classifier.labels[i % N_LABELS] for i in range(6))
+    train, test = (Examples(row.inputs(6, seed), labels, f"{seed}") for seed in (2, 3))
+    reference = record(classifier, train)
+    half = tuple(range(0, classifier.width, 2))
+    cells = [
+        Cell(Neurons(layer, half), "readout", Kind("zero"), "", "", "top", -1, 0.5)
+        for layer in range(classifier.n_layers - 2, classifier.n_layers)
+    ]
+    scores = np.zeros((classifier.n_layers, 1 + N_LABELS, classifier.width))
+    ranking = Ranking("none", scores, classifier.labels, reference.source)
+    last_block, head = sweep(classifier, test, ranking, reference=reference, cells=cells).reuse.values()
+    if last_block != "rows":
+        return "head" if head == "rows" else "–"
+    clean = clean_pass(classifier, next(iter(classifier.batches(test.inputs))), reuse="residual")
+    return "every block" if clean.row_is_alone_from == 0 else "last block"
 
 
 def refused_line(row: Architecture) -> str:
     """Return the line of a row whose model is refused."""
-    return f"| {row.name} | refused | | | | | | | {row.note} |"
+    return f"| {row.name} | refused | | | | | | | | {row.note} |"
 
 
 def main() -> None:
@@ -84,7 +116,7 @@ def main() -> None:
         torch=torch.__version__.split("+")[0],
     )
     for family in families:
-        text += f"| **{family}** | | | | | | | | |\n"
+        text += f"| **{family}** | | | | | | | | | |\n"
         for row in (row for row in TABLE if row.family == family):
             try:
                 text += line(row, classifier_of(row)) + "\n"

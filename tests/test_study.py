@@ -38,8 +38,12 @@ def test_a_run_folder_holds_what_it_promises(planted_run):
     n_cells = len(pd.read_parquet(planted_run / "tables" / "sweep.parquet"))
     reuse = manifest["sweep"].pop("reuse")
     assert manifest["sweep"] == {
-        **{"examples": 30, "cells": n_cells, "sampled": True},
-        **{"run_plain": [], "agreement": None},
+        "examples": 30,
+        "cells": n_cells,
+        "sampled": True,
+        "run_plain": [],
+        "reasons": {},
+        "agreement": None,
     }
     assert {place.split(", ")[0] for place in reuse} == {"residual of layer 0", "residual of layer 1"}
     assert set(reuse.values()) <= {"rows", "prefix"}

@@ -390,6 +390,7 @@ def _manifest(
             "sampled": n_swept < len(test),
             "run_plain": list(outcome.run_plain),
             "reuse": dict(outcome.reuse),
+            "reasons": dict(outcome.reasons),
             "agreement": None if outcome.agreement is None else asdict(outcome.agreement),
         },
         "timings": {**seconds, "total": round(sum(seconds.values()), 3)},

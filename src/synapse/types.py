@@ -127,8 +127,8 @@ class Sweep:
 
     `cells` has one row a cell, in the order of `logits`, with the columns `CELL_COLUMNS`. Where a cell ran only some
     of the examples, the logits of the others are NaN. `reuse` says for every site and scope that was swept what its
-    runs took over of a clean pass (see `synapse.model.resume.Reuse`), or `plain`. `agreement` is there where the sweep
-    ran in reduced precision.
+    runs took over of a clean pass (see `synapse.model.resume.Reuse`), or `plain`, and `reasons` why it was not more,
+    where more was tried. `agreement` is there where the sweep ran in reduced precision.
     """
 
     cells: pd.DataFrame
@@ -137,6 +137,7 @@ class Sweep:
     targets: Int[np.ndarray, "example"]
     labels: tuple[str, ...]
     reuse: Mapping[str, str] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
     agreement: "Agreement | None" = None
 
     @property

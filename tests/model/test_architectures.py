@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architecture_page import PAGE, classifier_of, line, refused_line
+from architecture_page import PAGE, classifier_of, line, refused_line, reuse_of
 from architectures import N_LABELS, TABLE, Architecture, logits_of
 from torch import Tensor, nn
 
@@ -210,10 +210,24 @@ def test_the_module_comes_back_after_an_error_in_the_middle_of_a_pass(case):
     assert torch.equal(run(case), clean)
 
 
+@needs_version_of_page
+def test_single_rows_are_computed_where_the_source_says_that_it_can_be(case):
+    # One fused attention a block, whose keys and values of the other rows can be kept, and a head that reads one row.
+    config = getattr(case.module, "config", None)
+    is_fused = getattr(config, "_attn_implementation", None) == "sdpa" and case.row.family != "encoder-decoder"
+    reads_one = case.row.readout in ("first", "last")
+    is_causal = case.row.family == "causal decoder"
+    expected = {(True, True): "every block" if is_causal else "last block", (True, False): "head"}
+    wants_all_rows = case.row.name in ("Longformer", "T5")  # pads its inputs itself; hands on a bias for pairs of rows
+    found = reuse_of(case.row, case.classifier)
+    assert found == ("–" if wants_all_rows else expected.get((reads_one, is_fused), "–"))
+
+
 def test_a_sweep_of_every_component_equals_the_plain_hooked_forward(case):
     labels = tuple(LABELS[i % N_LABELS] for i in range(4))
     train = Examples(case.row.inputs(4, 2), labels, "train")
     test = Examples(case.row.inputs(4, 3), labels, "test")
+    row_reuse = reuse_of(case.row, case.classifier)
     for component in case.classifier.anatomy.sites:
         reference = record(case.classifier, train, component=component)
         scores = np.random.default_rng(0).random((reference.n_layers, 1 + N_LABELS, reference.width))
@@ -223,9 +237,13 @@ def test_a_sweep_of_every_component_equals_the_plain_hooked_forward(case):
         cells = plan(ranking, Grid(scopes=scopes, kinds=(Kind("zero"),), **sizes))
         fast, plain = (
             sweep(case.classifier, test, ranking, reference=reference, cells=cells, engine=engine)
-            for engine in ("resume", "plain")
+            for engine in ("exact", "plain")
         )
-        assert fast.run_plain == ()
+        reused = {place.split(", ")[0]: how for place, how in fast.reuse.items()}
+        at_the_end = reused.pop(f"{component} of layer {reference.n_layers - 1}")
+        rows = "rows" if row_reuse in ("last block", "every block") else "prefix"
+        assert set(reused.values()) <= {rows}
+        assert at_the_end == ("rows" if row_reuse == "head" and component in ("residual", "pooler") else rows)
         scale = 1 + np.nanmax(np.abs(plain.logits))
         np.testing.assert_allclose(fast.logits, plain.logits, atol=1e-5 * scale, rtol=0)
 

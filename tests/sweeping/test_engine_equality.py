@@ -8,7 +8,7 @@ model. Of the package are only the padded inputs, and what is drawn at random wh
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,6 @@ LABELS = tuple("abc")
 UNDERSTOOD = [row for row in TABLE if row.refused is None]
 ROWS = {row.name: row for row in TABLE}
 CELLS_AT_ONCE = 48
-
-pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
 
 
 # ------------------------------------------------------------------------------------------------------ the plain hooks
@@ -105,7 +103,7 @@ class Hooks:
         new = states.reshape(self.n_cells, n_examples, -1, states.shape[-1]).clone()
         for cell, edit in edits.items():
             chosen = self.chosen_rows(edit.scope, n_examples, new.shape[2])
-            units = torch.tensor(edit.neurons.units)
+            units = torch.tensor(edit.neurons.units, dtype=torch.long)
             for example in range(n_examples):
                 rows = chosen[example].nonzero().squeeze(1)
                 values = new[cell, example][rows][:, units].numpy()
@@ -324,25 +322,207 @@ def close(found: np.ndarray, expected: np.ndarray, cells: Sequence[Cell], tolera
 
 # -------------------------------------------------------------------------------------------------------- architectures
 
+SCOPES: tuple[Scope, ...] = ("readout", "readout-onward", "all")
+AT_EVERY_SCOPE = (
+    "BERT",
+    "DeBERTa-v2",
+    "ModernBERT, mean pooling",
+    "XLNet",
+    "GPT-2",
+    "OPT",
+    "Llama, left padding",
+    "Mixtral",
+    "T5",
+    "BEiT",
+    "DINOv2",
+    "nn.TransformerEncoder",
+)
+"""One of each layout of rows and readout; to save time, the others meet every layer with scopes that take turns."""
+
 
 @pytest.fixture(scope="module", params=UNDERSTOOD, ids=lambda row: row.name)
 def known(request) -> tuple[Architecture, Classifier]:
     return request.param, classifier_of(request.param)
 
 
-def test_half_of_the_units_of_every_site_zeroed_gives_the_logits_of_plain_hooks(known):
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_half_of_the_units_zeroed_gives_the_logits_of_plain_hooks(known, component):
     row, classifier = known
-    examples = examples_of(row, 4, seed=3)
-    for component in COMPONENTS:
-        places = spots(row, component)
-        assert (component in classifier.anatomy.sites) == bool(places)
-        if not places:
-            continue
+    places = spots(row, component)
+    assert (component in classifier.anatomy.sites) == bool(places)
+    if not places:
+        pytest.skip(f"no site {component!r}")
+    examples, reference = examples_of(row, 4, seed=3), made_up_reference(classifier, component)
+    ranking, turn = ranking_of(reference), UNDERSTOOD.index(row) + COMPONENTS.index(component)
+    cells = [
+        cell(ranking.top(0.5, layer=layer), scope)
+        for layer in range(len(places))
+        for position, scope in enumerate(SCOPES)
+        if row.name in AT_EVERY_SCOPE or (turn + layer) % len(SCOPES) == position
+    ]
+    swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
+    expected = expected_logits(row, classifier, examples, cells, reference)
+    close(swept.logits, expected, cells)
+    assert np.abs(expected - swept.clean_logits).max(axis=(1, 2)).min() > 1e-4
+
+
+# -------------------------------------------------------------------------------------------------------- interventions
+
+KINDS = (
+    Kind("zero"),
+    Kind("mean"),
+    Kind("class-mean", label="b"),
+    Kind("resample"),
+    Kind("resample-other"),
+    Kind("noise", 0.7),
+    Kind("scale", -1.5),
+    Kind("sign-flip"),
+    Kind("clamp", 0.3),
+    Kind("quantise", 2.0),
+    Kind("steer", 1.3, "c"),
+    Kind("patch", 4.0),
+    Kind("rotate", 50.0),
+    Kind("permute"),
+)
+SEVERAL = ("BERT", "GPT-2", "Llama, left padding", "ViT")
+
+
+@pytest.fixture(scope="module", params=SEVERAL)
+def one_of_several(request) -> tuple[Architecture, Classifier]:
+    return ROWS[request.param], classifier_of(ROWS[request.param])
+
+
+def test_every_kind_has_a_formula_here():
+    own = {name for name, recipe in RECIPES.items() if recipe.make.__module__.startswith("synapse.")}
+    assert {kind.name for kind in KINDS} == own
+
+
+@pytest.mark.parametrize("component", ["residual", "mlp"])
+@pytest.mark.parametrize("scope", ["readout", "readout-onward", "all", "non-padding"])
+def test_every_kind_of_intervention_gives_the_logits_of_its_formula_in_plain_hooks(one_of_several, component, scope):
+    row, classifier = one_of_several
+    examples, reference = examples_of(row, 6, seed=5), made_up_reference(classifier, component, spread=2.0)
+    width = reference.width
+    sets = ((width - 1, 0, 7, 6, 20), (11,), tuple(range(width)))  # a list in an order of its own, one neuron, all
+    cells = [
+        cell(Neurons(layer, units, component), scope, kind)
+        for kind in KINDS
+        if kind.fits(scope)
+        for layer in (0, 2)
+        for units in sets
+    ]
+    swept = sweep(classifier, examples, ranking_of(reference), reference=reference, cells=cells, seed=4)
+    expected = expected_logits(row, classifier, examples, cells, reference, seed=4)
+    close(swept.logits, expected, cells)
+
+
+# ------------------------------------------------------------------------------------------ batches, padding, and order
+
+
+def batch_sizes(classifier: Classifier, examples: Examples) -> set[int]:
+    return {len(batch.index) for batch in classifier.batches(examples.inputs)}
+
+
+@pytest.mark.parametrize("component", ["residual", "mlp"])
+@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "Llama, left padding", "XLNet"])
+def test_batches_their_padding_and_the_order_of_examples_do_not_change_the_logits(name, component):
+    row = ROWS[name]
+    classifier, everyone = classifier_of(row), examples_of(row, 34, seed=6)
+    reference = made_up_reference(classifier, component)
+    ranking = ranking_of(reference)
+    cells = [
+        cell(ranking.top(0.5, layer=0), "readout"),
+        cell(ranking.top(0.5, layer=0), "all", Kind("noise", 1.0)),
+        cell(ranking.top(0.3, layer=1), "readout-onward"),
+        cell(ranking.top(0.9, layer=2), "readout", Kind("noise", 1.0)),
+        cell(ranking.top(0.9, layer=1), "readout", Kind("resample-other")),
+    ]
+    expected = expected_logits(row, classifier, everyone, cells, reference, alone=True)  # nothing is padded there
+    longest = int(row.preprocess.lengths(everyone.inputs).max())
+    for size, n in ((1, 5), (3, 9), (32, 34)):
+        classifier.max_tokens = size * longest if size > 1 else 1
+        order = np.random.default_rng(size).permutation(34)[:n]
+        examples = everyone.take(order)
+        if size == 1:
+            assert batch_sizes(classifier, examples) == {1}
+        elif classifier.anatomy.pads:
+            assert max(batch_sizes(classifier, examples)) >= size
+        swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
+        close(swept.logits, expected[:, order], cells)
+
+
+# ----------------------------------------------------------------------------------------------------- plans of a kind
+
+
+def test_cells_of_several_layers_have_their_own_neurons_in_each(one_of_several):
+    row, classifier = one_of_several
+    examples = examples_of(row, 5, seed=7)
+    for component in ("residual", "mlp"):
         reference = made_up_reference(classifier, component)
         ranking = ranking_of(reference)
-        scopes = ("readout", "readout-onward", "all") if component != "pooler" else ("readout",)
-        cells = [cell(ranking.top(0.5, layer=layer), scope) for scope in scopes for layer in range(len(places))]
-        swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
-        expected = expected_logits(row, classifier, examples, cells, reference)
-        close(swept.logits, expected, cells)
-        assert np.abs(expected - swept.clean_logits).max(axis=(1, 2)).min() > 1e-4
+        chosen = ((3, 1), (0, 9, 4), (30,))
+        first, second, third = (Neurons(layer, units, component) for layer, units in enumerate(chosen))
+        cells = [
+            cell(first, "readout", further=(second,)),
+            cell(first, "all", further=(third,)),
+            cell(second, "non-padding", Kind("scale", 3.0), further=(third,)),
+            cell(first, "all", Kind("noise", 1.0), further=(second, third)),
+            cell(first, "readout", Kind("steer", 2.0, "a"), further=(second, third)),
+            cell(second, "readout", Kind("patch", 3.0), further=(third,)),
+            *cumulative(ranking, "readout", Kind("zero"), 0.5),
+            *cumulative(ranking, "all", Kind("mean"), 0.25, label="b"),
+            *cumulative(ranking, "readout", Kind("resample"), 0.25),
+        ]
+        swept = sweep(classifier, examples, ranking, reference=reference, cells=cells, seed=2)
+        close(swept.logits, expected_logits(row, classifier, examples, cells, reference, seed=2), cells)
+
+
+def test_cumulative_cells_take_the_top_of_each_layers_own_ranking(one_of_several):
+    row, classifier = one_of_several
+    examples, reference = examples_of(row, 3, seed=8), made_up_reference(classifier, "residual")
+    ranking = ranking_of(reference)
+    best = [np.argsort(-ranking.scores[layer, 1 + LABELS.index("b")], kind="stable")[:8] for layer in range(3)]
+    neurons = [Neurons(layer, tuple(map(int, units))) for layer, units in enumerate(best)]
+    by_hand = [cell(neurons[layer], "all", further=tuple(neurons[layer + 1 :])) for layer in range(3)]
+    cells = cumulative(ranking, "all", Kind("zero"), 0.25, label="b")
+    swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
+    close(swept.logits, expected_logits(row, classifier, examples, by_hand, reference), by_hand)
+
+
+def test_equal_cells_share_their_logits_and_unlike_ones_in_one_plan_do_not_mix(one_of_several):
+    row, classifier = one_of_several
+    examples, reference = examples_of(row, 7, seed=9), made_up_reference(classifier, "residual")
+    ranking = ranking_of(reference)
+    of_a_class = {label: ranking.top(0.5, layer=1, label=label) for label in ("", *LABELS)}
+    cells = [
+        *(cell(neurons, scope) for neurons in of_a_class.values() for scope in ("readout", "all")),
+        cell(Neurons(1, of_a_class["a"].units[::-1]), "readout"),  # the same set in another order
+        cell(Neurons(1, ()), "all"),  # nothing is edited
+        cell(Neurons(1, (4, 2)), "readout", Kind("permute")),
+        cell(Neurons(1, (2, 4)), "readout", Kind("permute")),
+        cell(ranking.bottom(3, layer=0), "all", share=(0, 3, 1)),
+        cell(ranking.bottom(3, layer=0), "all", share=(1, 3, 2)),
+        cell(ranking.bottom(3, layer=2), "readout-onward", share=(2, 3, 1)),
+    ]
+    swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
+    expected = expected_logits(row, classifier, examples, cells, reference)
+    for position, (turn, per_example) in zip((-3, -2, -1), ((0, 1), (1, 2), (2, 1)), strict=True):
+        ran = (np.arange(7) + turn) % 3 < per_example
+        assert np.isnan(swept.logits[position][~ran]).all()
+        expected[position][~ran] = swept.logits[position][~ran] = 0
+    close(swept.logits, expected, cells)
+    same = [cells.index(one) for one in cells if set(one.neurons.units) == set(of_a_class["a"].units)]
+    np.testing.assert_array_equal(swept.logits[same[0]], swept.logits[same[-1]])
+    np.testing.assert_allclose(swept.logits[9], swept.clean_logits, atol=1e-5 * (1 + np.abs(expected).max()))
+
+
+def test_the_clean_logits_are_those_of_the_module_alone(one_of_several):
+    row, classifier = one_of_several
+    examples, reference = examples_of(row, 7, seed=9), made_up_reference(classifier, "residual")
+    cells = [cell(Neurons(1, (1,)), "readout")]
+    swept = sweep(classifier, examples, ranking_of(reference), reference=reference, cells=cells)
+    with torch.no_grad():
+        alone = [logits_of(classifier.module(**row.preprocess([one]))) for one in examples.inputs]
+    expected = torch.cat(alone).numpy()
+    np.testing.assert_allclose(swept.clean_logits, expected, atol=1e-5 * (1 + np.abs(expected).max()))
+    np.testing.assert_array_equal(swept.targets, np.arange(7) % 3)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from synapse.report.findings import key_numbers, summary_lines
+from synapse.report.html import sweep_notes
 from synapse.report.run import open_run
 from synapse.study import Forecast, StageProgress
 
@@ -70,7 +71,7 @@ def show_run(run: Path) -> None:
             number.name, f"[bold]{_plain(number.value)}[/bold]", _plain(number.spread), _plain(number.meaning)
         )
     out.print(table)
-    for line in summary_lines(run):
+    for line in [*summary_lines(run), *sweep_notes(opened.manifest.get("sweep", {}))]:
         out.print(f"- {_plain(line)}")
 
 

@@ -242,7 +242,7 @@ def _at_rows(
             # An axis of one that stands for the examples: (1, token, ...) -> (chosen, 1, ...).
             tensor = tensor.index_select(axis, rows).transpose(0, axis)
         else:
-            raise NoSuchRowsError
+            raise NoSuchRowsError("something that is computed before or between the blocks is one for all examples")
     return tensor
 
 

@@ -99,6 +99,26 @@ def _as_run(run: Run) -> list[str]:
     notes = [sentence(str(note)) for note in run.model.get("notes", ())]
     if run.model.get("pads") is False:
         notes.append("Examples of unequal length never share a batch, because padding would move the logits.")
+    return notes + sweep_notes(_part(run.manifest, "sweep"))
+
+
+def sweep_notes(sweep: Mapping[str, Any]) -> list[str]:
+    """Return sentences about how the interventions were run, where that was not as usual."""
+    notes = []
+    plain, reasons = sweep.get("run_plain") or (), sweep.get("reasons") or {}
+    if plain:
+        why = "; ".join(dict.fromkeys(str(reasons[place]) for place in plain if place in reasons))
+        notes.append(
+            f"The whole model was run for every intervention at {few([str(place) for place in plain])}"
+            f"{f', since nothing could be taken over from a clean pass ({why})' if why else ''}."
+        )
+    agreement = sweep.get("agreement")
+    if agreement:
+        notes.append(
+            f"Interventions ran in {agreement['precision']}: in {agreement['runs']} runs compared with float32, "
+            f"{agreement['same']:.1%} of the predictions were the same, and logits differed by at most "
+            f"{agreement['largest']:.2g}."
+        )
     return notes
 
 

@@ -77,6 +77,12 @@ class Group:
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(chunk.stop - chunk.start, error)
                 continue
+            except Exception as error:  # on a batch that differs from the one of the proof: see `prove`
+                if self.reuse != "rows":
+                    raise
+                self.prove(classifier, clean, ("prefix", "none"), f"rows: {_named(error)}")
+                yield from self.results(classifier, clean, _later(asked, run, example, start))
+                return
             yield self.rows[run[chunk]], example[chunk], logits
             start = chunk.stop
 
@@ -152,10 +158,19 @@ class Group:
             return np.concatenate([logits for _, _, logits in self._plain(classifier, clean.batch, run, example)])
         return self.reused(classifier, clean, _Members(self), run, example)
 
-    def prove(self, classifier: Classifier, clean: CleanPass) -> None:
-        """Choose what the runs take over: the most whose logits are those of the plain hooked forward."""
+    def prove(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        levels: Sequence[Reuse] = ("rows", "prefix", "none"),
+        failed: str = "",
+    ) -> None:
+        """Choose what the runs take over: the most whose logits are those of the plain hooked forward.
+
+        `failed` says what went wrong before, with what is not among the `levels`.
+        """
         run, example = self._tried(len(clean.batch.index))
-        members, reasons = _Members(self), []
+        members, reasons = _Members(self), [failed] if failed else []
         expected = np.concatenate(
             [
                 plain_logits(
@@ -164,16 +179,17 @@ class Group:
                 for one, which in zip(run.tolist(), example.tolist(), strict=True)
             ]
         )
-        levels: tuple[Reuse, ...] = ("rows", "prefix", "none")
         alone = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
-        for reuse in levels if alone or clean.knows_rows else levels[1:]:
+        for reuse in levels:
+            if reuse == "rows" and not (alone or clean.knows_rows):
+                continue
             self.reuse = reuse
             try:
                 gap = float(np.abs(self.reused(classifier, clean, members, run, example) - expected).max())
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the model's own code may fail in any way on single rows
-                reasons.append(f"{reuse}: {type(error).__name__}: {error}")
+                reasons.append(f"{reuse}: {_named(error)}")
                 log.debug("%s, %s", self.name, reasons[-1], exc_info=True)
                 continue
             if gap <= TOLERANCE:  # false for NaN, which agrees with nothing
@@ -194,6 +210,22 @@ def plain_logits(
     """Return the logits of a batch under interventions, by the whole model and its live hooks."""
     with classifier.edited(*interventions.values()):
         return classifier.forward(batch).float().cpu().numpy()
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _later(
+    asked: Bool[np.ndarray, "run example"],
+    run: Int[np.ndarray, "pair"],
+    example: Int[np.ndarray, "pair"],
+    start: int,
+) -> Bool[np.ndarray, "run example"]:
+    """Return which runs are asked for on which examples, without the pairs before `start`."""
+    later = np.zeros_like(asked)
+    later[run[start:], example[start:]] = True
+    return later
 
 
 def refuse_unproved(groups: Sequence[Group]) -> None:

@@ -112,6 +112,7 @@ def sweep(
         targets,
         classifier.labels,
         {group.name: str(group.reuse) for group in groups},
+        {group.name: group.reason for group in groups if group.reason},
         agreement,
     )
 
@@ -126,6 +127,7 @@ def joined(sweeps: Sequence[Sweep]) -> Sweep:
         first.targets,
         first.labels,
         {place: how for each in sweeps for place, how in each.reuse.items()},
+        {place: why for each in sweeps for place, why in each.reasons.items()},
         min((each.agreement for each in sweeps if each.agreement), key=lambda found: found.same, default=None),
     )
 
