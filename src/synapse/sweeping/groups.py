@@ -24,8 +24,15 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest logit difference from the plain hooked forward at which runs that take over a clean pass are trusted."""
 
-PROOF_RUNS = 2
-"""Runs of a group on which that is tried: its smallest set and its largest, each on another example."""
+PROOF_EXAMPLES = 4
+"""Examples of the first batch on which that is tried, from its longest to its shortest.
+
+Every group tries the set that comes nearest to half of the width, on one of them in turn: a small one hardly moves the
+logits, and a state that is zeroed whole hides mistakes in what is computed from it.
+"""
+
+AGREEMENT_SETS = 4
+"""Sets of a group, from the smallest to the largest, on which reduced precision is compared with float32."""
 
 FEWEST_ROWS = 1024
 """Rows that a forward pass of runs may have at least: with fewer, matrix products do not reach their full speed."""
@@ -40,7 +47,7 @@ class Group:
 
     `rows` are their positions among all runs of the sweep. `reuse` says what they take over of a clean pass, None as
     long as that was not tried, `plain` where nothing could be trusted; `reason` then says why. `most_rows` is how many
-    token rows a forward pass may have; it is halved when memory runs out.
+    token rows a forward pass may have; it is halved when memory runs out. `turn` says which example it is proved on.
     """
 
     component: Component
@@ -51,6 +58,7 @@ class Group:
     reference: Activations
     seed: int
     most_rows: int
+    turn: int
     reuse: Reuse | Literal["plain"] | None = None
     reason: str = ""
 
@@ -145,15 +153,12 @@ class Group:
             mine = example[run == one]
             yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, batch, members[one])[mine]
 
-    def _tried(self, n_examples: int) -> tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"]]:
-        """Return pairs to try: runs from the smallest set to the largest, and examples in turn."""
-        order = np.argsort([len(run.neurons) for run in self.runs], kind="stable")
-        run = np.unique(order[np.linspace(0, len(order) - 1, min(PROOF_RUNS, len(order))).astype(int)])
-        return run, np.arange(len(run)) % n_examples
-
     def sample(self, classifier: Classifier, clean: CleanPass) -> Float[np.ndarray, "pair label"]:
-        """Return the logits of the pairs that are tried, as the sweep runs them."""
-        run, example = self._tried(len(clean.batch.index))
+        """Return the logits of runs with a few sets on all examples of a clean pass, as the sweep runs them."""
+        order = np.argsort([len(run.neurons) for run in self.runs], kind="stable")
+        few = np.unique(order[np.linspace(0, len(order) - 1, min(AGREEMENT_SETS, len(order))).astype(int)])
+        n_examples = len(clean.batch.index)
+        run, example = np.repeat(few, n_examples), np.tile(np.arange(n_examples), len(few))
         if self.reuse == "plain":
             return np.concatenate([logits for _, _, logits in self._plain(classifier, clean.batch, run, example)])
         return self.reused(classifier, clean, _Members(self), run, example)
@@ -169,23 +174,20 @@ class Group:
 
         `failed` says what went wrong before, with what is not among the `levels`.
         """
-        run, example = self._tried(len(clean.batch.index))
+        half = classifier.sites(self.component)[self.layer].width / 2
+        run = min(range(len(self.runs)), key=lambda each: abs(len(self.runs[each].neurons) - half))
+        example = self.turn % len(clean.batch.index)
         members, reasons = _Members(self), [failed] if failed else []
-        expected = np.concatenate(
-            [
-                plain_logits(
-                    classifier, clean.batch.take(torch.tensor([which], device=classifier.device)), members[one]
-                )
-                for one, which in zip(run.tolist(), example.tolist(), strict=True)
-            ]
-        )
-        alone = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
+        alone = clean.batch.take(torch.tensor([example], device=classifier.device))
+        expected = plain_logits(classifier, alone, members[run])
+        pair = np.array([run]), np.array([example])
+        in_one_row = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
         for reuse in levels:
-            if reuse == "rows" and not (alone or clean.knows_rows):
+            if reuse == "rows" and not (in_one_row or clean.knows_rows):
                 continue
             self.reuse = reuse
             try:
-                gap = float(np.abs(self.reused(classifier, clean, members, run, example) - expected).max())
+                gap = float(np.abs(self.reused(classifier, clean, members, *pair) - expected).max())
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the model's own code may fail in any way on single rows
@@ -259,9 +261,10 @@ def grouped(
             reference,
             seed,
             max(classifier.max_tokens, FEWEST_ROWS),
+            turn,
             "plain" if plain else None,
         )
-        for (layer, scope), rows in sorted(members.items())
+        for turn, ((layer, scope), rows) in enumerate(sorted(members.items()))
     ]
 
 

@@ -20,7 +20,7 @@ from synapse.measure.sequential import AnytimeChange
 from synapse.model.classifier import Batch, Classifier, hash_tensors
 from synapse.model.resume import CleanPass, clean_pass
 from synapse.ranking.base import Ranking
-from synapse.sweeping.groups import PROOF_RUNS, Group, grouped, refuse_unproved
+from synapse.sweeping.groups import PROOF_EXAMPLES, Group, grouped, refuse_unproved
 from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
 from synapse.sweeping.results import CLEAN, SweepResults, identity_of
 from synapse.types import Activations, Agreement, Component, Progress, Sweep, silent
@@ -265,7 +265,7 @@ class _Passes:
         Return how reduced precision compares with it on the same runs, where it was asked for.
         """
         # The first and the last of the batch differ most in length: the one has no padding, the other has most.
-        few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_RUNS).astype(int))
+        few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_EXAMPLES).astype(int))
         batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
         clean = clean_pass(self.classifier, batch, reuse=self.reuse)
         for group in groups:
