@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.table_of:
+        earlier = [Result(**entry) for file in options.table_of for entry in json.loads(file.read_text())]
+        write_table(earlier, options.markdown)
+        return 0
     device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
     device = "cpu" if device == "auto" else device
     place = Place(device, getattr(torch, options.dtype), options.quick)
@@ -76,13 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps([each.to_dict() for each in results], indent=1) + "\n")
-    if options.markdown:
-        before = options.markdown.read_text() if options.markdown.is_file() else ""
-        options.markdown.write_text(with_table(before, markdown_table(results), MARK))
+    write_table(results, options.markdown)
     stop_peers()
     for problem in wrong:
         sys.stderr.write(problem + "\n")
     return 1 if wrong else 0
+
+
+def write_table(results: Sequence[Result], page: Path | None) -> None:
+    """Write the table of results into a page, if there is one."""
+    if page:
+        before = page.read_text() if page.is_file() else ""
+        page.write_text(with_table(before, markdown_table(results), MARK))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, help="rounds of all sides (default 3; 2 with --quick)")
     made.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     made.add_argument("--markdown", type=Path, metavar="FILE", help="write the table into that page")
+    made.add_argument(
+        "--table-of", type=Path, nargs="+", metavar="FILE", help="no run: the table of earlier JSON files"
+    )
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights, on all sides"

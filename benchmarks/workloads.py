@@ -44,7 +44,7 @@ class Scale:
 MINILM = Scale(6, 384, 12, 1536)
 BERT_BASE = Scale(12, 768, 12, 3072)
 DECODER_6 = Scale(6, 384, 6, 1024, 32000)
-DECODER_24 = Scale(24, 384, 6, 1024, 32000)
+DECODER_24 = Scale(24, 256, 4, 688, 32000)
 DECODER_1B = Scale(16, 2048, 32, 8192, 32000)
 VIT_BASE = Scale(12, 768, 12, 3072)
 
@@ -124,8 +124,8 @@ class Place:
 class Workload:
     """A model and a plan of cells.
 
-    `single` asks for every neuron of a layer alone instead of sets of `sizes`; `examples` is how many there are, and
-    how many with `--quick`.
+    `single` asks for every neuron of a layer alone instead of sets of `sizes`; with `draws` there are that many random
+    sets of each size too, as a study has them. `examples` is how many there are, and how many with `--quick`.
     """
 
     name: str
@@ -133,6 +133,7 @@ class Workload:
     layers: Literal["all", "last two", "middle", "last"]
     examples: tuple[int, int]
     sizes: tuple[float, ...] = SIZES
+    draws: int = 0
     single: bool = False
     needs_gpu: bool = False
 
@@ -151,7 +152,15 @@ class Workload:
         if self.single:
             sets = [Neurons(layer, (unit,)) for layer in layers for unit in range(width)]
         else:
-            sets = [ranking.top(size, layer=layer) for layer in layers for size in self.sizes]
+            sets = [
+                neurons
+                for layer in layers
+                for size in self.sizes
+                for neurons in (
+                    ranking.top(size, layer=layer),
+                    *(ranking.random(size, layer=layer, seed=draw) for draw in range(self.draws)),
+                )
+            ]
         return [
             Cell(neurons, "readout", Kind("zero"), ranking.method, "", "top", -1, len(neurons) / width)
             for neurons in sets
@@ -319,14 +328,14 @@ def _some_labels(n: int) -> tuple[str, ...]:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("encoder-minilm", minilm, "all", (24, 4)),
-        Workload("encoder-bert-base", partial(encoder, BERT_BASE), "all", (6, 4)),
-        Workload("encoder-last-two", minilm, "last two", (24, 4)),
-        Workload("decoder-6", partial(decoder, DECODER_6), "all", (8, 2)),
-        Workload("decoder-24", partial(decoder, DECODER_24), "all", (6, 2), sizes=(0.1, 0.9)),
+        Workload("encoder-minilm", minilm, "all", (48, 4)),
+        Workload("encoder-bert-base", partial(encoder, BERT_BASE), "all", (8, 4)),
+        Workload("encoder-last-two", minilm, "last two", (8, 4), draws=10),
+        Workload("decoder-6", partial(decoder, DECODER_6), "all", (16, 2)),
+        Workload("decoder-24", partial(decoder, DECODER_24), "all", (8, 2), sizes=(0.1, 0.5, 0.9, 1.0)),
         Workload("decoder-1b", partial(decoder, DECODER_1B), "all", (32, 2), sizes=(0.1, 0.9), needs_gpu=True),
         Workload("vision-vit-base", partial(vision, VIT_BASE), "all", (4, 2), sizes=(0.1, 0.9)),
-        Workload("single-neuron-middle", minilm, "middle", (6, 2), single=True),
-        Workload("single-neuron-last", minilm, "last", (6, 2), single=True),
+        Workload("single-neuron-middle", minilm, "middle", (4, 2), single=True),
+        Workload("single-neuron-last", minilm, "last", (4, 2), single=True),
     )
 }

@@ -128,7 +128,9 @@ class Sweep:
     `cells` has one row a cell, in the order of `logits`, with the columns `CELL_COLUMNS`. Where a cell ran only some
     of the examples, the logits of the others are NaN. `reuse` says for every site and scope that was swept what its
     runs took over of a clean pass (see `synapse.model.resume.Reuse`), or `plain`, and `reasons` why it was not more,
-    where more was tried. `agreement` is there where the sweep ran in reduced precision.
+    where more was tried. `agreement` is there where the sweep ran in reduced precision. `changes` is there where cells
+    could stop early: the 95 % confidence sequence of each cell's change of accuracy over all examples of the sweep,
+    which stays valid however a cell stopped; an interval for a fixed number of examples does not.
     """
 
     cells: pd.DataFrame
@@ -139,6 +141,7 @@ class Sweep:
     reuse: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     agreement: "Agreement | None" = None
+    changes: Float[np.ndarray, "cell 2"] | None = None
 
     @property
     def run_plain(self) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ class Anatomy:
     in one. `readout_is_proved` is false only where one was given by hand that the head was seen not to keep to. `pads`
     says whether examples of unequal length may share a batch: padding leaves their logits alone, and which rows it
     fills is known. `n_tokens` is the number of rows of the longest example that the anatomy was proved on, `shapes`
-    that of its inputs; `n_tokens_follow_length` says whether shorter examples have fewer.
+    that of its inputs; `inputs_with_rows` names those that have an entry for every row. `n_tokens_follow_length` says
+    whether shorter examples have fewer.
     """
 
     sites: Mapping[Component, tuple[Site, ...]]
@@ -67,6 +68,7 @@ class Anatomy:
     n_tokens: int
     n_tokens_follow_length: bool
     shapes: Mapping[str, torch.Size]
+    inputs_with_rows: frozenset[str]
     pads: bool
     before: tuple[Replayable, ...]
     replays: tuple[Replayable, ...]

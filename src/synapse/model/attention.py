@@ -35,6 +35,12 @@ class AttentionCall:
     scale: float | None = None
     enable_gqa: bool = False
 
+    def is_of_all_rows(self, n_examples: int) -> bool:
+        """Whether every row of every example looks at the rows of that example: not at those of a window, say."""
+        shapes = self.query.shape, self.key.shape
+        are_known = all(len(shape) == 4 and shape[0] == n_examples for shape in shapes)
+        return are_known and shapes[0][2] == shapes[1][2] and self.dropout_p == 0
+
 
 @dataclass(frozen=True, eq=False)
 class Attended:
@@ -104,8 +110,9 @@ class BlockAttention:
 
 
 @contextmanager
-def attention_kept(root: nn.Module, blocks: Sequence[str]) -> Iterator[list[BlockAttention | None]]:
-    """Keep the attention of every block in the forward pass that follows; None where a block has not just one.
+def attention_kept(root: nn.Module, blocks: Sequence[str], n_examples: int) -> Iterator[list[BlockAttention | None]]:
+    """Keep the attention of every block in the forward pass that follows; None where a block has not just one, from
+    each row of an example to all others.
 
     `blocks` are the names of the blocks in call order.
     """
@@ -115,8 +122,7 @@ def attention_kept(root: nn.Module, blocks: Sequence[str]) -> Iterator[list[Bloc
         yield kept
     for layer in range(len(blocks)):
         calls = keeper.calls[layer]
-        alone = len(calls) == 1 and calls[0].query.shape[2] == calls[0].key.shape[2] and calls[0].dropout_p == 0
-        kept.append(BlockAttention(calls[0]) if alone else None)
+        kept.append(BlockAttention(calls[0]) if len(calls) == 1 and calls[0].is_of_all_rows(n_examples) else None)
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def find_anatomy(
         n_tokens=residual[-1].rows_first(hidden_states(blocks[-1].output), len(trace.logits)).shape[1],
         n_tokens_follow_length=alone is not None and _shapes(alone) != _shapes(inputs),
         shapes=_shapes(inputs),
+        inputs_with_rows=_inputs_with_rows(inputs, inputs if alone is None else alone, comparison.n_tokens),
         pads=True,
         before=before,
         replays=comparison.replays_of(blocks),
@@ -268,6 +269,15 @@ class _Comparison:
         return self.replayable_ones(
             outermost([c for c in inside if c.ended < reached.started or (is_output and c is reached)])
         )
+
+
+def _inputs_with_rows(inputs: Inputs, shorter: Inputs, n_tokens: tuple[int, int]) -> frozenset[str]:
+    """Return the inputs whose second axis is as long as there are rows, here and in the shorter example."""
+    return frozenset(
+        name
+        for name, value in inputs.items()
+        if value.ndim > 1 and (value.shape[1], shorter[name].shape[1]) == n_tokens
+    )
 
 
 def _shapes(inputs: Inputs) -> dict[str, torch.Size]:

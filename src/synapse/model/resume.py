@@ -91,8 +91,9 @@ class CleanPass:
         return self.head_reads_one_row and self.attention[-1] is not None
 
     @cached_property
-    def query_map(self) -> Site | None:
-        """The linear map of the last block that gives its attention the queries, and nothing else; if there is one."""
+    def query_map(self) -> tuple[Site, int] | None:
+        """The map of the last block that gives its attention the queries and nothing else, and their width; if there is
+        one."""
         last = self.attention[-1]
         if last is None or not self.unmixed:
             return None
@@ -101,7 +102,7 @@ class CleanPass:
         for site, values in self.unmixed[-1]:
             is_shared = names.count(site.module) > 1  # by blocks, or called more than once
             if _place(values) == of_queries and of_queries not in of_others and not is_shared:
-                return site
+                return site, int(values.shape[-1])
         return None
 
     @cached_property
@@ -163,7 +164,7 @@ def clean_pass(
             ]
             stack.enter_context(edited_sites(module, looks))
             inside = [stack.enter_context(_kept_outputs(module, parts)) for parts in anatomy.inside.get(reuse, ())]
-            attention = stack.enter_context(attention_kept(module, anatomy.blocks))
+            attention = stack.enter_context(attention_kept(module, anatomy.blocks, len(batch.index)))
         logits = classifier.forward(batch)
     features = None
     if anatomy.final is not None:
@@ -176,7 +177,7 @@ def clean_pass(
         layers,
         logits,
         features,
-        Replay(tuple(before), tuple(blocks)),
+        Replay(tuple(before), tuple(blocks) if len(blocks) == len(anatomy.replays) else ()),
         {} if reuse is None else {reuse: tuple(Replay(tuple(parts), ()) for parts in inside)},
         tuple(
             tuple(
@@ -364,7 +365,8 @@ class _Resumption:
         """Leave out the map of the last block that gives nothing but the queries of all rows."""
         with ExitStack() as stack:
             if self.clean.query_map is not None:
-                stack.enter_context(shortened(self.classifier.module, self.clean.query_map.module, _unfilled))
+                site, width = self.clean.query_map
+                stack.enter_context(shortened(self.classifier.module, site.module, partial(_unfilled, width)))
             yield
 
     def _in_one_row(
@@ -393,7 +395,7 @@ class _Resumption:
         assert clean.row is not None
         slots = Slots.of(self.runs.example, clean.row) if attended is None else None
         replay = clean.replay.take_rows(self.runs.example, self._row)
-        batch = _one_row(clean.batch.take(self.runs.example), self._row, clean.n_tokens)
+        batch = _one_row(clean.batch.take(self.runs.example), self._row, classifier.anatomy.inputs_with_rows)
         with (
             passed_over(classifier.module, replay, layer, classifier.sites()[max(layer, 0)], rows),
             attention_of_one_row(
@@ -403,8 +405,8 @@ class _Resumption:
             return classifier.forward(batch)
 
 
-def _unfilled(forward: Any, states: Tensor) -> Tensor:
-    return states.new_empty(*states.shape[:-1], forward.__self__.weight.shape[0])
+def _unfilled(width: int, _forward: Any, states: Tensor) -> Tensor:
+    return states.new_empty(*states.shape[:-1], width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,16 +422,13 @@ class _RowAgain:
         return self.values
 
 
-def _one_row(batch: Batch, row: Int[Tensor, "run"], n_tokens: int) -> Batch:
-    """Return the batch with one row of each example in place of all, in every input that counts rows."""
+def _one_row(batch: Batch, row: Int[Tensor, "run"], with_rows: frozenset[str]) -> Batch:
+    """Return the batch with one row of each example in place of all, in the inputs that have an entry for every row."""
     run = torch.arange(len(row), device=row.device)
     return Batch(
         batch.index,
         batch.keys,
-        {
-            name: value[run, row].unsqueeze(1) if value.ndim > 1 and value.shape[1] == n_tokens else value
-            for name, value in batch.inputs.items()
-        },
+        {name: value[run, row].unsqueeze(1) if name in with_rows else value for name, value in batch.inputs.items()},
         batch.labels,
     )
 
@@ -467,7 +466,10 @@ def _kept_outputs(
         for name in dict.fromkeys(part.module for part in parts):
             stack.callback(root.get_submodule(name).register_forward_hook(partial(keeper.keep, name)).remove)
         yield kept
-    kept.extend((part, keeper.outputs[part.module, part.call]) for part in parts)
+    # What did not run in this pass (a mask that is made only where there is padding) is not given again either.
+    kept.extend(
+        (part, keeper.outputs[part.module, part.call]) for part in parts if (part.module, part.call) in keeper.outputs
+    )
 
 
 class _OutputKeeper:

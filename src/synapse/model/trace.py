@@ -200,7 +200,8 @@ class Replayable:
         return with_tensors(
             output,
             [
-                tensor if axis is None else tensor.index_select(axis, examples)
+                # A copy of what all examples share: a block that works in place would change it for later passes.
+                tensor.clone() if axis is None else tensor.index_select(axis, examples)
                 for tensor, axis in zip(tensors_in(output), self.axes, strict=True)
             ],
         )
@@ -227,8 +228,7 @@ def _at_rows(
     examples: Int[Tensor, "chosen"],
     rows: Int[Tensor, "chosen"],
 ) -> Tensor:
-    if example_axis is not None:
-        tensor = tensor.index_select(example_axis, examples)
+    tensor = tensor.clone() if example_axis is None else tensor.index_select(example_axis, examples)
     for axis in token_axes:
         if example_axis is not None:
             shape = [1] * tensor.ndim

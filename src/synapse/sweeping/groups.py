@@ -176,18 +176,22 @@ class Group:
         """
         half = classifier.sites(self.component)[self.layer].width / 2
         run = min(range(len(self.runs)), key=lambda each: abs(len(self.runs[each].neurons) - half))
-        example = self.turn % len(clean.batch.index)
+        n_examples = len(clean.batch.index)
+        example = n_examples - 1 - self.turn % n_examples
         members, reasons = _Members(self), [failed] if failed else []
         alone = clean.batch.take(torch.tensor([example], device=classifier.device))
         expected = plain_logits(classifier, alone, members[run])
-        pair = np.array([run]), np.array([example])
+        # In company, as the sweep runs it: beside another example, and beside another run of its own example.
+        company = sorted({(run, example), (run, (example + 1) % n_examples), ((run + 1) % len(self.runs), example)})
+        where = company.index((run, example))
+        pairs = np.array(company).T
         in_one_row = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
         for reuse in levels:
             if reuse == "rows" and not (in_one_row or clean.knows_rows):
                 continue
             self.reuse = reuse
             try:
-                gap = float(np.abs(self.reused(classifier, clean, members, *pair) - expected).max())
+                gap = float(np.abs(self.reused(classifier, clean, members, *pairs)[where] - expected).max())
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the model's own code may fail in any way on single rows

@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
 """Every kind by its name; to add one, give it a line here."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of intervention, with its strength and the class it is about where it has them.
 
@@ -110,7 +110,6 @@ class Kind:
         if not recipe.strength:
             if not math.isnan(self.strength):
                 raise SettingsError(f"The intervention {self.name!r} was given {self.strength}; it has no strength.")
-            object.__setattr__(self, "strength", math.nan)  # two NaNs are equal where they are one object
             return
         is_fine = recipe.lowest <= self.strength <= recipe.highest and math.isfinite(self.strength)
         if not is_fine or (recipe.is_whole and self.strength != int(self.strength)):
@@ -121,6 +120,17 @@ class Kind:
                 f"The {recipe.strength} of {self.name!r} is {self.strength}; {what} was expected: "
                 f"`Kind({self.name!r}, ...)`."
             )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Kind) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    @property
+    def _values(self) -> tuple[str, str, str]:
+        # As text: NaN, which stands for no strength, is not equal to itself.
+        return self.name, repr(self.strength), self.label
 
     @property
     def recipe(self) -> Recipe:

@@ -41,13 +41,17 @@ class SweepResults:
     def in_folder(
         cls, folder: Path, identity: str, n_runs: int, n_examples: int, n_labels: int, n_groups: int
     ) -> "SweepResults":
-        """Return the results of a folder, as far as the same sweep got; those of another one are dropped.
+        """Return the results in a folder, as far as the sweep got; a new one is made where there is none.
 
         The arrays lie in files and take no memory; a part counts as done when it has reached the disk.
+
+        Raises:
+            RunFolderError: the folder holds something else.
         """
         shapes = _shapes(n_runs, n_examples, n_labels, n_groups)
         plan = {"identity": identity, "shapes": {name: list(shape) for name, (shape, _, _) in shapes.items()}}
-        if _is_of(folder, plan):
+        if folder.exists():
+            _check_folder(folder, plan)
             log.info("The sweep goes on where it was left in %s.", folder)
         else:
             _begin(folder, plan, shapes)
@@ -80,28 +84,29 @@ def _shapes(n_runs: int, n_examples: int, n_labels: int, n_groups: int) -> _Shap
     }
 
 
-def _is_of(folder: Path, plan: Mapping[str, Any]) -> bool:
+def _check_folder(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Refuse a folder that is not that of this sweep."""
     try:
-        return bool(json.loads((folder / "sweep.json").read_text(encoding="utf-8")) == plan)
+        is_ours = json.loads((folder / "sweep.json").read_text(encoding="utf-8")) == plan
     except (OSError, ValueError):
-        return False
+        is_ours = False
+    if not is_ours or not all((folder / f"{name}.npy").is_file() for name in plan["shapes"]):
+        raise RunFolderError(
+            f"{str(folder)!r} is not what a sweep left there; remove it, or keep the sweep in another folder."
+        )
 
 
 def _begin(folder: Path, plan: Mapping[str, Any], shapes: _Shapes) -> None:
-    """Write empty arrays; the plan comes last and makes the folder one that can be gone on with."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "sweep.json").exists():
-        raise RunFolderError(f"{str(folder)!r} exists and holds no sweep; name another folder with `keep=`.")
-    if folder.exists() and any(folder.iterdir()):
-        log.warning("What lies in %s is of another sweep; it is dropped.", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Write empty arrays, beside the place and then renamed, so that no half of them is ever found there."""
+    draft = folder.with_name(f"{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     for name, (shape, dtype, fill) in shapes.items():
-        array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
+        array = np.lib.format.open_memmap(draft / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
         array[...] = fill
         array.flush()
-    draft = folder / "sweep.json.draft"
-    draft.write_text(json.dumps(plan), encoding="utf-8")
-    draft.rename(folder / "sweep.json")
+    (draft / "sweep.json").write_text(json.dumps(plan), encoding="utf-8")
+    draft.rename(folder)
 
 
 def _flush(array: np.ndarray) -> None:

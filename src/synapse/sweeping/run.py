@@ -7,18 +7,20 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from synapse.data.examples import Examples
-from synapse.errors import ResourceError, SettingsError, SplitError, near
+from synapse.errors import ModelError, ResourceError, SettingsError, SplitError, near
 from synapse.measure.sequential import AnytimeChange
 from synapse.model.classifier import Batch, Classifier, hash_tensors
 from synapse.model.resume import CleanPass, clean_pass
+from synapse.perturb.base import check_neurons
 from synapse.ranking.base import Ranking
 from synapse.sweeping.groups import PROOF_EXAMPLES, Group, grouped, refuse_unproved
 from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
@@ -38,6 +40,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 WAVE = 64
 """Examples after which a sweep with a precision looks which cells may stop."""
+
+
+_LESS_MEMORY = "use shorter inputs (--max-length), or a machine with more memory"
 
 
 def sweep(
@@ -62,14 +67,15 @@ def sweep(
 
     `engine` is one of `ENGINES`. The first runs of each site and scope are compared with the plain hooked forward; what
     their logits do not bear out within 1e-4 is not used, and `Sweep.reuse` says what was. Working memory is that of one
-    batch and one forward pass, each of at most `classifier.max_tokens` rows, whatever the number of examples and cells;
-    the results take 4 bytes a cell, example and label, in files if `keep` is given.
+    batch and one forward pass, each of at most `classifier.max_tokens` rows (or 1,024), whatever the number of examples
+    and cells; the results take 4 bytes a cell, example and label. With `keep` they lie in files, and are copied into
+    memory only where several cells came to one run.
 
     With a `precision`, examples come in a random order, and a cell stops once the 95 % confidence sequence of its
     change of accuracy over these examples has at most that half-width (see `synapse.measure.sequential`); the logits of
     the examples that it was spared are NaN. `autocast` (`bf16`, `fp16`) runs the model in reduced precision, and
-    `Sweep.agreement` says how that compares with float32. `keep` is a folder that holds what is done: the same call
-    goes on there after it was killed, and ends with the same logits.
+    `Sweep.agreement` says how that compares with float32. `keep` is a folder that holds what is done, each sweep in a
+    folder of its own there: the same call goes on after it was killed, and ends with the same logits.
 
     Raises:
         SplitError: the examples are those that the ranking was made from.
@@ -79,19 +85,20 @@ def sweep(
     """
     _check(examples, ranking, reference, engine, autocast)
     planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
+    _check_cells(planned, ranking, classifier)
     targets = examples.targets(classifier.labels)
     runs = merged_runs(planned, len(examples), Reach.of(classifier, ranking.component))
     groups = grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
     passes = _Passes(classifier, ranking.component if engine != "plain" else None, autocast)
+    stopping = None if precision is None else _Stopping(runs, targets, precision)
     sizes = (len(runs), len(examples), len(classifier.labels), len(groups))
     if keep is None:
         results = SweepResults.in_memory(*sizes)
     else:
         options = (engine, precision, autocast, seed, classifier.max_tokens, str(classifier.device))
         identity = _identity(classifier, examples, reference, runs, options)
-        results = SweepResults.in_folder(Path(keep), identity, *sizes)
+        results = SweepResults.in_folder(Path(keep) / identity[:16], identity, *sizes)
     waves = [np.arange(len(examples))] if precision is None else _waves(len(examples), seed)
-    stopping = None if precision is None else _Stopping(runs, targets, precision)
     going_on = np.ones(len(runs), dtype=bool)
     reported = _Reported(progress, sum(int(run.examples.sum()) for run in runs))
     agreement = None
@@ -100,8 +107,8 @@ def sweep(
             for batch in _batches(classifier, examples, targets, wave):
                 if engine != "plain" and groups and groups[0].reuse is None:
                     agreement = passes.prove(groups, batch)
-                    if engine == "exact":
-                        refuse_unproved(groups)
+                if engine == "exact":
+                    refuse_unproved(groups)
                 _run_batch(passes, groups, batch, results, going_on, reported)
             if stopping is not None:
                 going_on = stopping.after(wave, results)
@@ -114,6 +121,7 @@ def sweep(
         {group.name: str(group.reuse) for group in groups},
         {group.name: group.reason for group in groups if group.reason},
         agreement,
+        None if stopping is None else stopping.intervals(runs, len(planned)),
     )
 
 
@@ -129,6 +137,9 @@ def joined(sweeps: Sequence[Sweep]) -> Sweep:
         {place: how for each in sweeps for place, how in each.reuse.items()},
         {place: why for each in sweeps for place, why in each.reasons.items()},
         min((each.agreement for each in sweeps if each.agreement), key=lambda found: found.same, default=None),
+        None
+        if first.changes is None
+        else np.concatenate([each.changes for each in sweeps if each.changes is not None]),
     )
 
 
@@ -148,6 +159,28 @@ def _check(examples: Examples, ranking: Ranking, reference: Activations, engine:
         raise SettingsError(
             f"The ranking is of {ranking.component!r}, the reference activations of {reference.component!r}; both "
             "must be of one component: record the reference with the same `component=`."
+        )
+
+
+def _check_cells(cells: Sequence[Cell], ranking: Ranking, classifier: Classifier) -> None:
+    """Refuse cells that edit another component than the ranking's, or neurons that are not there."""
+    for cell in cells:
+        for neurons in (cell.neurons, *cell.further):
+            if neurons.component != ranking.component:
+                raise SettingsError(
+                    f"A cell edits {neurons.component!r}, and the ranking is of {ranking.component!r}; a sweep is of "
+                    "one component: make one for each, and join them with `synapse.sweeping.joined`."
+                )
+            check_neurons(neurons, classifier)
+
+
+def _refuse_infinite(group: Group, logits: np.ndarray, index: Int[np.ndarray, "pair"]) -> None:
+    """Refuse logits that are no numbers: NaN stands for examples that a cell was not run on."""
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        raise ModelError(
+            f"Under an intervention at {group.name} the logits of example {int(index[broken[0]])} are not finite (NaN "
+            "or infinity); use a smaller strength, and float32 or bf16 in place of fp16."
         )
 
 
@@ -175,18 +208,27 @@ def _identity(
     """Return a hash of what the logits of a sweep depend on."""
     return identity_of(
         {
+            "version": version("synapse"),
             "weights": classifier.weights_hash(),
+            "sites": repr((classifier.sites(reference.component), classifier.anatomy.rows)),
             "examples": examples.fingerprint,
-            "reference": [
-                reference.source,
-                reference.component,
-                hash_tensors({"values": torch.from_numpy(reference.values)}),
-            ],
+            # What the model says of some of them: that depends on the preprocessing, and on what is applied to it.
+            "logits": hash_tensors({"": torch.from_numpy(classifier.predict(_some(examples)))}),
+            "reference": [reference.source, reference.component, _hash_of(reference)],
             "runs": [repr((run.neurons, run.further, run.scope, run.kind)) for run in runs],
             "asked": [np.flatnonzero(run.examples).tolist() for run in runs if not run.examples.all()],
             "options": options,
         }
     )
+
+
+def _some(examples: Examples, n: int = 4) -> Examples:
+    return examples.take(np.unique(np.linspace(0, len(examples) - 1, n).astype(int)))
+
+
+def _hash_of(reference: Activations) -> str:
+    arrays = {name: getattr(reference, name) for name in ("values", "targets", "row_mean", "row_deviation")}
+    return hash_tensors({name: torch.from_numpy(array) for name, array in arrays.items() if array is not None})
 
 
 def _run_batch(
@@ -210,6 +252,7 @@ def _run_batch(
                 results.finish(batch.index, CLEAN)
             for part in left:
                 for run, example, logits in groups[part].results(passes.classifier, clean, asked[part][:, piece]):
+                    _refuse_infinite(groups[part], logits, clean.batch.index[example])
                     results.logits[run, clean.batch.index[example]] = logits
                     reported.add(len(run))
                 if is_last:
@@ -219,7 +262,9 @@ def _run_batch(
 def _by_cell(results: SweepResults, runs: Sequence[Run], n_cells: int) -> np.ndarray:
     """Return the logits of every cell; those of the runs themselves where no cells were merged."""
     if [run.cells for run in runs] == [(cell,) for cell in range(n_cells)]:
-        return results.logits
+        own = results.logits.view()
+        own.flags.writeable = False  # it may be the file from which a sweep goes on
+        return own
     logits = np.empty((n_cells, *results.logits.shape[1:]), dtype=np.float32)
     for row, run in enumerate(runs):
         logits[list(run.cells)] = results.logits[row]
@@ -250,10 +295,7 @@ class _Passes:
                 clean = clean_pass(self.classifier, batch.take(chosen), reuse=self.reuse)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if len(piece) == 1:
-                    raise ResourceError(
-                        "Memory ran out in the forward pass of a single example; use shorter inputs (--max-length), or "
-                        "a machine with more memory."
-                    ) from error
+                    raise ResourceError(f"Memory ran out with a single example; {_LESS_MEMORY}.") from error
                 log.warning("Memory ran out with %d examples in a pass; it goes on with half of them.", len(piece))
                 waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
                 continue
@@ -266,10 +308,15 @@ class _Passes:
         """
         # The first and the last of the batch differ most in length: the one has no padding, the other has most.
         few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_EXAMPLES).astype(int))
-        batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
-        clean = clean_pass(self.classifier, batch, reuse=self.reuse)
-        for group in groups:
-            group.prove(self.classifier, clean)
+        try:
+            batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
+            clean = clean_pass(self.classifier, batch, reuse=self.reuse)
+            for group in groups:
+                group.prove(self.classifier, clean)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if len(few) == 1:
+                raise ResourceError(f"Memory ran out with a single example; {_LESS_MEMORY}.") from error
+            return self.prove(groups, batch.take(torch.arange(len(few) // 2, device=self.classifier.device)))
         if self.autocast is None:
             return None
         full = [group.sample(self.classifier, clean) for group in groups]
@@ -300,6 +347,14 @@ class _Stopping:
             self.changes.update(differences[None], np.array([run]))
         self.going_on = ~self.changes.is_precise()
         return self.going_on
+
+    def intervals(self, runs: Sequence[Run], n_cells: int) -> Float[np.ndarray, "cell 2"]:
+        """Return the confidence sequence of every cell's change of accuracy, as far as it got."""
+        ends = self.changes.interval()
+        by_cell = np.empty((n_cells, 2))
+        for row, run in enumerate(runs):
+            by_cell[list(run.cells)] = -ends[row, ::-1]  # what was lost is counted positive there
+        return by_cell
 
 
 class _Reported:
