@@ -163,6 +163,22 @@ class Group:
             return np.concatenate([logits for _, _, logits in self._plain(classifier, clean.batch, run, example)])
         return self.reused(classifier, clean, _Members(self), run, example)
 
+    def _tried(
+        self,
+        classifier: Classifier,
+        clean: CleanPass,
+        members: "_Members",
+        pairs: tuple[Int[np.ndarray, "pair 2"], Int[np.ndarray, "1 2"]],
+    ) -> Float[np.ndarray, "1 label"]:
+        """Return the logits of a pair in its company; where memory does not suffice for that, alone."""
+        company, one = pairs
+        try:
+            found = self.reused(classifier, clean, members, *company.T)
+        except (torch.OutOfMemoryError, MemoryError):
+            return self.reused(classifier, clean, members, *one.T)
+        mine: Float[np.ndarray, "1 label"] = found[(company == one).all(axis=1)]
+        return mine
+
     def prove(
         self,
         classifier: Classifier,
@@ -183,15 +199,14 @@ class Group:
         expected = plain_logits(classifier, alone, members[run])
         # In company, as the sweep runs it: beside another example, and beside another run of its own example.
         company = sorted({(run, example), (run, (example + 1) % n_examples), ((run + 1) % len(self.runs), example)})
-        where = company.index((run, example))
-        pairs = np.array(company).T
+        pairs = np.array(company), np.array([(run, example)])
         in_one_row = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
         for reuse in levels:
             if reuse == "rows" and not (in_one_row or clean.knows_rows):
                 continue
             self.reuse = reuse
             try:
-                gap = float(np.abs(self.reused(classifier, clean, members, *pairs)[where] - expected).max())
+                gap = float(np.abs(self._tried(classifier, clean, members, pairs) - expected).max())
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the model's own code may fail in any way on single rows

@@ -98,6 +98,8 @@ def _check_folder(folder: Path, plan: Mapping[str, Any]) -> None:
 
 def _begin(folder: Path, plan: Mapping[str, Any], shapes: _Shapes) -> None:
     """Write empty arrays, beside the place and then renamed, so that no half of them is ever found there."""
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise RunFolderError(f"{str(folder.parent)!r} is a file; a folder for the sweep was expected.")
     draft = folder.with_name(f"{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
