@@ -118,6 +118,8 @@ def parse_edit(kind: str, text: str, *, option: str = "") -> Edit:
     recipe = RECIPES[kind]
     names = ("layer", *_SELECTIONS, "class", "component", "scope", "strength", "towards")
     if recipe.strength in given:
+        if "strength" in given and recipe.strength != "strength":
+            raise SettingsError(f"{said}: strength= and {recipe.strength}= are the same; one of them is enough.")
         given["strength"] = given.pop(recipe.strength)
     for name in given:
         if name not in names:

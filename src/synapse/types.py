@@ -13,6 +13,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -116,6 +117,26 @@ class Activations:
     def width(self) -> int:
         """Number of units of the component in a layer."""
         return int(self.values.shape[2])
+
+    @cached_property
+    def unit_mean(self) -> Float[np.ndarray, "layer unit"]:
+        """Each unit's mean over the examples, at the readout row."""
+        return np.stack([values.mean(axis=0) for values in self.values])
+
+    @cached_property
+    def unit_deviation(self) -> Float[np.ndarray, "layer unit"]:
+        """Each unit's standard deviation over the examples, at the readout row."""
+        return np.stack([values.std(axis=0) for values in self.values])
+
+    def quantiles(self, layer: int, shares: tuple[float, ...]) -> Float[np.ndarray, "share unit"]:
+        """Return each unit's quantiles over the examples, at the readout row, interpolated linearly."""
+        if (layer, shares) not in self._quantiles:
+            self._quantiles[layer, shares] = np.asarray(np.quantile(self.values[layer], shares, axis=0))
+        return self._quantiles[layer, shares]
+
+    @cached_property
+    def _quantiles(self) -> dict[tuple[int, tuple[float, ...]], Float[np.ndarray, "share unit"]]:
+        return {}
 
     def __len__(self) -> int:
         return int(self.values.shape[1])

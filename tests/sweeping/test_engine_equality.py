@@ -325,19 +325,14 @@ def close(found: np.ndarray, expected: np.ndarray, cells: Sequence[Cell], tolera
 SCOPES: tuple[Scope, ...] = ("readout", "readout-onward", "all")
 AT_EVERY_SCOPE = (
     "BERT",
-    "DeBERTa-v2",
     "ModernBERT, mean pooling",
     "XLNet",
-    "GPT-2",
     "OPT",
     "Llama, left padding",
-    "Mixtral",
     "T5",
-    "BEiT",
-    "DINOv2",
     "nn.TransformerEncoder",
 )
-"""One of each layout of rows and readout; to save time, the others meet every layer with scopes that take turns."""
+"""One of each layout of rows; to save time, scopes take turns from layer to layer in the others."""
 
 
 @pytest.fixture(scope="module", params=UNDERSTOOD, ids=lambda row: row.name)
@@ -360,6 +355,8 @@ def test_half_of_the_units_zeroed_gives_the_logits_of_plain_hooks(known, compone
         for position, scope in enumerate(SCOPES)
         if row.name in AT_EVERY_SCOPE or (turn + layer) % len(SCOPES) == position
     ]
+    if row.name not in AT_EVERY_SCOPE and component in ("attention", "heads"):
+        cells = cells[turn % 2 :: 2]
     swept = sweep(classifier, examples, ranking, reference=reference, cells=cells)
     expected = expected_logits(row, classifier, examples, cells, reference)
     close(swept.logits, expected, cells)
@@ -423,8 +420,18 @@ def batch_sizes(classifier: Classifier, examples: Examples) -> set[int]:
     return {len(batch.index) for batch in classifier.batches(examples.inputs)}
 
 
-@pytest.mark.parametrize("component", ["residual", "mlp"])
-@pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "Llama, left padding", "XLNet"])
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("BERT", "residual"),
+        ("BERT", "mlp"),
+        ("GPT-2", "mlp"),
+        ("Llama", "residual"),
+        ("Llama, left padding", "residual"),
+        ("Llama, left padding", "mlp"),
+        ("XLNet", "residual"),
+    ],
+)
 def test_batches_their_padding_and_the_order_of_examples_do_not_change_the_logits(name, component):
     row = ROWS[name]
     classifier, everyone = classifier_of(row), examples_of(row, 34, seed=6)
@@ -439,7 +446,7 @@ def test_batches_their_padding_and_the_order_of_examples_do_not_change_the_logit
     ]
     expected = expected_logits(row, classifier, everyone, cells, reference, alone=True)  # nothing is padded there
     longest = int(row.preprocess.lengths(everyone.inputs).max())
-    for size, n in ((1, 5), (3, 9), (32, 34)):
+    for size, n in ((1, 3), (3, 7), (32, 34)):
         classifier.max_tokens = size * longest if size > 1 else 1
         order = np.random.default_rng(size).permutation(34)[:n]
         examples = everyone.take(order)

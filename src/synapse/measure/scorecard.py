@@ -117,7 +117,8 @@ def sweep_table(sweep: Sweep) -> pd.DataFrame:
 
     Added columns: `cell` (its number), `n`, `accuracy` and `drop` with `_low` and `_high`, `flip_rate`, `kl`
     in nats. The drop is paired: accuracy lost on the same examples. NaN where a cell ran nothing. The
-    intervals are closed forms, so there is no seed.
+    intervals are closed forms, so there is no seed. Where cells could stop early, the drop's interval is the
+    confidence sequence of the sweep, of the drop over all its examples; that of the accuracy is of those that ran.
 
     Raises
     ------
@@ -131,7 +132,7 @@ def sweep_table(sweep: Sweep) -> pd.DataFrame:
         kl(sweep.clean_logits[at], logits[at]).sum() for at, logits in zip(outcomes.ran, sweep.logits, strict=True)
     ]
     accuracy_low, accuracy_high = clopper_pearson(right, n)
-    drop_low, drop_high = paired_score(broken, repaired, n)
+    drop_low, drop_high = paired_score(broken, repaired, n) if sweep.changes is None else -sweep.changes[:, ::-1].T
     ran = np.where(n > 0, n, np.nan)
     measured = {
         "cell": np.arange(len(n)),

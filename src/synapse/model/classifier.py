@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from synapse.data.batches import equal_lengths, length_buckets
 from synapse.data.examples import Examples
 from synapse.data.inputs import content_bytes
-from synapse.errors import LabelError, ModelError, SettingsError, near
+from synapse.errors import LabelError, ModelError, ResourceError, SettingsError, near
 from synapse.model.anatomy import Anatomy, Overrides
 from synapse.model.discovery import find_anatomy
 from synapse.model.hooks import Site, study_mode
@@ -29,6 +29,9 @@ Inputs = Sequence[Any] | np.ndarray
 
 _MOST_SAMPLES = 64
 """Samples among which those of unequal length are looked for."""
+
+LESS_MEMORY = "use shorter inputs (--max-length), or a machine with more memory"
+"""What helps where memory does not suffice for one example."""
 
 STATE_NUMBERS = {"cpu": 400_000, "cuda": 25_000_000}
 """Numbers in one block output of a forward pass, at most."""
@@ -314,8 +317,27 @@ class Classifier:
         targets = self._known_targets(examples) if isinstance(examples, Examples) else None
         logits = np.empty((len(inputs), len(self.labels)), dtype=np.float32)
         for batch in self.batches(inputs, targets):
-            logits[batch.index] = self.forward(batch).float().cpu().numpy()
+            for part, found in self._forward_in_parts(batch):
+                logits[part.index] = found.float().cpu().numpy()
         return logits
+
+    def _forward_in_parts(self, batch: Batch) -> Iterator[tuple[Batch, Float[Tensor, "example label"]]]:
+        """Yield the logits of a batch, in halves where memory runs out."""
+        waiting, failed = [batch], None
+        while waiting:
+            part = waiting.pop()
+            try:
+                found = self.forward(part)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                n = len(part.index)
+                if part is failed:
+                    raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
+                examples = torch.arange(n, device=self.device)
+                # A single example is tried once more: what took the memory may be gone by now.
+                failed = part if n == 1 else None
+                waiting += [part] if n == 1 else [part.take(examples[n // 2 :]), part.take(examples[: n // 2])]
+                continue
+            yield part, found
 
     def _known_targets(self, examples: Examples) -> Int[np.ndarray, "example"] | None:
         """Return the classes of the examples, or None where they are labelled otherwise: to predict needs no labels."""

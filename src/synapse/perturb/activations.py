@@ -610,9 +610,10 @@ def _moments(neurons: Neurons, activations: Activations, scope: Scope) -> tuple[
             raise SettingsError("The activations carry no moments over all rows; record them again with `record`.")
         mean, deviation = activations.row_mean[neurons.layer], activations.row_deviation[neurons.layer]
         return _numbers(mean[units]), _numbers(deviation[units])
-    values = activations.values[neurons.layer]
     # Of the whole layer and then of the units: a sum depends on the layout, and one neuron has one mean in every set.
-    return _numbers(values.mean(axis=0)[units]), _numbers(values.std(axis=0)[units])
+    return _numbers(activations.unit_mean[neurons.layer][units]), _numbers(
+        activations.unit_deviation[neurons.layer][units]
+    )
 
 
 def _quantiles(
@@ -628,7 +629,8 @@ def _quantiles(
         raise SettingsError(
             f"The quantiles are {low} and {high}; shares of the examples, 0 <= low <= high <= 1, were expected."
         )
-    bottom, top = np.quantile(_states(neurons, activations), (low, high), axis=0)
+    _check_recorded(neurons, activations)
+    bottom, top = activations.quantiles(neurons.layer, (low, high))[:, list(neurons.units)]
     return _numbers(bottom), _numbers(top)
 
 

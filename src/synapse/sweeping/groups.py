@@ -22,7 +22,10 @@ from synapse.types import Activations, Component, Scope
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest logit difference from the plain hooked forward at which runs that take over a clean pass are trusted."""
+"""Largest logit difference from the plain hooked forward at which runs that take over a clean pass are trusted.
+
+Where the model itself runs in half precision it is what that rounds off: 8 units of its last place.
+"""
 
 PROOF_EXAMPLES = 4
 """Examples of the first batch on which that is tried, from its longest to its shortest.
@@ -151,7 +154,8 @@ class Group:
         members = _Members(self)
         for one in np.unique(run).tolist():
             mine = example[run == one]
-            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, batch, members[one])[mine]
+            its_own = batch.take(torch.from_numpy(mine).to(classifier.device))
+            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, its_own, members[one])
 
     def sample(self, classifier: Classifier, clean: CleanPass) -> Float[np.ndarray, "pair label"]:
         """Return the logits of runs with a few sets on all examples of a clean pass, as the sweep runs them."""
@@ -197,6 +201,9 @@ class Group:
         members, reasons = _Members(self), [failed] if failed else []
         alone = clean.batch.take(torch.tensor([example], device=classifier.device))
         expected = plain_logits(classifier, alone, members[run])
+        # Weights in half precision round differently in every batch.
+        eps = torch.finfo(clean.states[0].dtype).eps
+        tolerance = max(TOLERANCE, 8 * eps * (1 + float(np.abs(expected).max())))
         # In company, as the sweep runs it: beside another example, and beside another run of its own example.
         company = sorted({(run, example), (run, (example + 1) % n_examples), ((run + 1) % len(self.runs), example)})
         pairs = np.array(company), np.array([(run, example)])
@@ -213,9 +220,9 @@ class Group:
                 reasons.append(f"{reuse}: {_named(error)}")
                 log.debug("%s, %s", self.name, reasons[-1], exc_info=True)
                 continue
-            if gap <= TOLERANCE:  # false for NaN, which agrees with nothing
+            if gap <= tolerance:  # false for NaN, which agrees with nothing
                 break
-            reasons.append(f"{reuse}: logits differ by {gap:.1e}, of which {TOLERANCE:.0e} are trusted")
+            reasons.append(f"{reuse}: logits differ by {gap:.1e}, of which {tolerance:.0e} are trusted")
         else:
             self.reuse = "plain"
         self.reason = "; ".join(reasons)

@@ -22,24 +22,24 @@ CLEAN = -1
 
 @dataclass(frozen=True, eq=False)
 class SweepResults:
-    """The logits of every run and example (NaN: not run), those of the clean passes, and what has been done.
+    """The logits of every cell and example (NaN: not run), those of the clean passes, and what has been done.
 
     `done[i, g]` says that the runs of group g are through on example i; its last column is the clean pass.
     """
 
-    logits: Float[np.ndarray, "run example label"]
+    logits: Float[np.ndarray, "cell example label"]
     clean_logits: Float[np.ndarray, "example label"]
     done: Bool[np.ndarray, "example part"]
 
     @classmethod
-    def in_memory(cls, n_runs: int, n_examples: int, n_labels: int, n_groups: int) -> "SweepResults":
+    def in_memory(cls, n_cells: int, n_examples: int, n_labels: int, n_groups: int) -> "SweepResults":
         """Return empty results."""
-        shapes = _shapes(n_runs, n_examples, n_labels, n_groups)
+        shapes = _shapes(n_cells, n_examples, n_labels, n_groups)
         return cls(*(np.full(shape, fill, dtype=dtype) for shape, dtype, fill in shapes.values()))
 
     @classmethod
     def in_folder(
-        cls, folder: Path, identity: str, n_runs: int, n_examples: int, n_labels: int, n_groups: int
+        cls, folder: Path, identity: str, n_cells: int, n_examples: int, n_labels: int, n_groups: int
     ) -> "SweepResults":
         """Return the results in a folder, as far as the sweep got; a new one is made where there is none.
 
@@ -48,7 +48,7 @@ class SweepResults:
         Raises:
             RunFolderError: the folder holds something else.
         """
-        shapes = _shapes(n_runs, n_examples, n_labels, n_groups)
+        shapes = _shapes(n_cells, n_examples, n_labels, n_groups)
         plan = {"identity": identity, "shapes": {name: list(shape) for name, (shape, _, _) in shapes.items()}}
         if folder.exists():
             _check_folder(folder, plan)
@@ -76,9 +76,9 @@ def identity_of(values: Mapping[str, Any]) -> str:
 _Shapes = Mapping[str, tuple[tuple[int, ...], str, Any]]
 
 
-def _shapes(n_runs: int, n_examples: int, n_labels: int, n_groups: int) -> _Shapes:
+def _shapes(n_cells: int, n_examples: int, n_labels: int, n_groups: int) -> _Shapes:
     return {
-        "logits": ((n_runs, n_examples, n_labels), "float32", np.nan),
+        "logits": ((n_cells, n_examples, n_labels), "float32", np.nan),
         "clean_logits": ((n_examples, n_labels), "float32", np.nan),
         "done": ((n_examples, n_groups + 1), "bool", False),
     }

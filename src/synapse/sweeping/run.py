@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from synapse.data.examples import Examples
 from synapse.errors import ModelError, ResourceError, SettingsError, SplitError, near
 from synapse.measure.sequential import AnytimeChange
-from synapse.model.classifier import Batch, Classifier, hash_tensors
+from synapse.model.classifier import LESS_MEMORY, Batch, Classifier, hash_tensors
 from synapse.model.resume import CleanPass, clean_pass
 from synapse.perturb.base import check_neurons
 from synapse.ranking.base import Ranking
@@ -40,9 +40,6 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 WAVE = 64
 """Examples after which a sweep with a precision looks which cells may stop."""
-
-
-_LESS_MEMORY = "use shorter inputs (--max-length), or a machine with more memory"
 
 
 def sweep(
@@ -68,8 +65,7 @@ def sweep(
     `engine` is one of `ENGINES`. The first runs of each site and scope are compared with the plain hooked forward; what
     their logits do not bear out within 1e-4 is not used, and `Sweep.reuse` says what was. Working memory is that of one
     batch and one forward pass, each of at most `classifier.max_tokens` rows (or 1,024), whatever the number of examples
-    and cells; the results take 4 bytes a cell, example and label. With `keep` they lie in files, and are copied into
-    memory only where several cells came to one run.
+    and cells; the results take 4 bytes a cell, example and label, in files with `keep`.
 
     With a `precision`, examples come in a random order, and a cell stops once the 95 % confidence sequence of its
     change of accuracy over these examples has at most that half-width (see `synapse.measure.sequential`); the logits of
@@ -91,7 +87,7 @@ def sweep(
     groups = grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
     passes = _Passes(classifier, ranking.component if engine != "plain" else None, autocast)
     stopping = None if precision is None else _Stopping(runs, targets, precision)
-    sizes = (len(runs), len(examples), len(classifier.labels), len(groups))
+    sizes = (len(planned), len(examples), len(classifier.labels), len(groups))
     if keep is None:
         results = SweepResults.in_memory(*sizes)
     else:
@@ -99,6 +95,7 @@ def sweep(
         identity = _identity(classifier, examples, reference, runs, options)
         results = SweepResults.in_folder(Path(keep) / identity[:16], identity, *sizes)
     waves = [np.arange(len(examples))] if precision is None else _waves(len(examples), seed)
+    cell = np.array([run.cells[0] for run in runs], dtype=np.int64)
     going_on = np.ones(len(runs), dtype=bool)
     reported = _Reported(progress, sum(int(run.examples.sum()) for run in runs))
     agreement = None
@@ -109,12 +106,12 @@ def sweep(
                     agreement = passes.prove(groups, batch)
                 if engine == "exact":
                     refuse_unproved(groups)
-                _run_batch(passes, groups, batch, results, going_on, reported)
+                _run_batch(passes, groups, batch, results, cell, going_on, reported)
             if stopping is not None:
                 going_on = stopping.after(wave, results)
     return Sweep(
         cells_frame(planned, len(classifier.sites(ranking.component))),
-        _by_cell(results, runs, len(planned)),
+        _by_cell(results, runs),
         np.array(results.clean_logits),
         targets,
         classifier.labels,
@@ -236,10 +233,11 @@ def _run_batch(
     groups: Sequence[Group],
     batch: Batch,
     results: SweepResults,
+    cell: Int[np.ndarray, "run"],
     going_on: Bool[np.ndarray, "run"],
     reported: "_Reported",
 ) -> None:
-    """Run all groups on one batch, as far as that was not done before."""
+    """Run all groups on one batch, as far as that was not done before; `cell` is the first one of every run."""
     asked = [group.asked(batch.index) & going_on[group.rows, None] for group in groups]
     left = [part for part in range(len(groups)) if not results.is_done(batch.index, part)]
     reported.add(sum(int(which.sum()) for part, which in enumerate(asked) if part not in left))
@@ -253,21 +251,20 @@ def _run_batch(
             for part in left:
                 for run, example, logits in groups[part].results(passes.classifier, clean, asked[part][:, piece]):
                     _refuse_infinite(groups[part], logits, clean.batch.index[example])
-                    results.logits[run, clean.batch.index[example]] = logits
+                    results.logits[cell[run], clean.batch.index[example]] = logits
                     reported.add(len(run))
                 if is_last:
                     results.finish(batch.index, part)
 
 
-def _by_cell(results: SweepResults, runs: Sequence[Run], n_cells: int) -> np.ndarray:
-    """Return the logits of every cell; those of the runs themselves where no cells were merged."""
-    if [run.cells for run in runs] == [(cell,) for cell in range(n_cells)]:
-        own = results.logits.view()
-        own.flags.writeable = False  # it may be the file from which a sweep goes on
-        return own
-    logits = np.empty((n_cells, *results.logits.shape[1:]), dtype=np.float32)
-    for row, run in enumerate(runs):
-        logits[list(run.cells)] = results.logits[row]
+def _by_cell(results: SweepResults, runs: Sequence[Run]) -> Float[np.ndarray, "cell example label"]:
+    """Return the logits of every cell; what was run once for several cells is written to all of them."""
+    for run in runs:
+        first, *others = run.cells
+        for other in others:
+            results.logits[other] = results.logits[first]
+    logits = results.logits.view()
+    logits.flags.writeable = False  # it may be the file from which the sweep would go on
     return logits
 
 
@@ -295,7 +292,7 @@ class _Passes:
                 clean = clean_pass(self.classifier, batch.take(chosen), reuse=self.reuse)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if len(piece) == 1:
-                    raise ResourceError(f"Memory ran out with a single example; {_LESS_MEMORY}.") from error
+                    raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
                 log.warning("Memory ran out with %d examples in a pass; it goes on with half of them.", len(piece))
                 waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
                 continue
@@ -315,7 +312,7 @@ class _Passes:
                 group.prove(self.classifier, clean)
         except (torch.OutOfMemoryError, MemoryError) as error:
             if len(few) == 1:
-                raise ResourceError(f"Memory ran out with a single example; {_LESS_MEMORY}.") from error
+                raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
             return self.prove(groups, batch.take(torch.arange(len(few) // 2, device=self.classifier.device)))
         if self.autocast is None:
             return None
@@ -332,6 +329,7 @@ class _Stopping:
     """Says after every wave which runs go on: those whose change of accuracy is not known precisely enough."""
 
     def __init__(self, runs: Sequence[Run], targets: Int[np.ndarray, "example"], precision: float) -> None:
+        self.cell = [run.cells[0] for run in runs]
         self.asked = np.stack([run.examples for run in runs])
         self.targets = targets
         self.changes = AnytimeChange(len(runs), self.asked.sum(axis=1), precision)
@@ -342,7 +340,7 @@ class _Stopping:
         right = results.clean_logits[wave].argmax(axis=1) == self.targets[wave]
         for run in np.flatnonzero(self.going_on):
             mine = wave[self.asked[run, wave]]
-            still = results.logits[run, mine].argmax(axis=1) == self.targets[mine]
+            still = results.logits[self.cell[run], mine].argmax(axis=1) == self.targets[mine]
             differences = right[self.asked[run, wave]].astype(np.float64) - still
             self.changes.update(differences[None], np.array([run]))
         self.going_on = ~self.changes.is_precise()
