@@ -201,6 +201,7 @@ class Group:
         members, reasons = _Members(self), [failed] if failed else []
         alone = clean.batch.take(torch.tensor([example], device=classifier.device))
         expected = plain_logits(classifier, alone, members[run])
+        refuse_infinite(self, expected, clean.batch.index[[example]])
         # Weights in half precision round differently in every batch.
         eps = torch.finfo(clean.states[0].dtype).eps
         tolerance = max(TOLERANCE, 8 * eps * (1 + float(np.abs(expected).max())))
@@ -254,6 +255,16 @@ def _later(
     later = np.zeros_like(asked)
     later[run[start:], example[start:]] = True
     return later
+
+
+def refuse_infinite(group: Group, logits: np.ndarray, index: Int[np.ndarray, "pair"]) -> None:
+    """Refuse logits that are no numbers: NaN stands for examples that a cell was not run on."""
+    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(broken):
+        raise ModelError(
+            f"Under an intervention at {group.name} the logits of example {int(index[broken[0]])} are not finite (NaN "
+            "or infinity); use a smaller strength, and float32 or bf16 in place of fp16."
+        )
 
 
 def refuse_unproved(groups: Sequence[Group]) -> None:

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from synapse.data.examples import Examples
-from synapse.errors import ModelError, ResourceError, SettingsError, SplitError, near
+from synapse.errors import ResourceError, SettingsError, SplitError, near
 from synapse.measure.sequential import AnytimeChange
 from synapse.model.classifier import LESS_MEMORY, Batch, Classifier, hash_tensors
 from synapse.model.resume import CleanPass, clean_pass
 from synapse.perturb.base import check_neurons
 from synapse.ranking.base import Ranking
-from synapse.sweeping.groups import PROOF_EXAMPLES, Group, grouped, refuse_unproved
+from synapse.sweeping.groups import PROOF_EXAMPLES, Group, grouped, refuse_infinite, refuse_unproved
 from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
 from synapse.sweeping.results import CLEAN, SweepResults, identity_of
 from synapse.types import Activations, Agreement, Component, Progress, Sweep, silent
@@ -171,16 +171,6 @@ def _check_cells(cells: Sequence[Cell], ranking: Ranking, classifier: Classifier
             check_neurons(neurons, classifier)
 
 
-def _refuse_infinite(group: Group, logits: np.ndarray, index: Int[np.ndarray, "pair"]) -> None:
-    """Refuse logits that are no numbers: NaN stands for examples that a cell was not run on."""
-    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(broken):
-        raise ModelError(
-            f"Under an intervention at {group.name} the logits of example {int(index[broken[0]])} are not finite (NaN "
-            "or infinity); use a smaller strength, and float32 or bf16 in place of fp16."
-        )
-
-
 def _waves(n_examples: int, seed: int) -> list[Int[np.ndarray, "wave"]]:
     """Return the positions of the examples in a random order, cut into waves."""
     order = np.random.default_rng((seed, n_examples)).permutation(n_examples)
@@ -250,7 +240,7 @@ def _run_batch(
                 results.finish(batch.index, CLEAN)
             for part in left:
                 for run, example, logits in groups[part].results(passes.classifier, clean, asked[part][:, piece]):
-                    _refuse_infinite(groups[part], logits, clean.batch.index[example])
+                    refuse_infinite(groups[part], logits, clean.batch.index[example])
                     results.logits[cell[run], clean.batch.index[example]] = logits
                     reported.add(len(run))
                 if is_last:
