@@ -218,7 +218,8 @@ def test_single_rows_are_computed_where_the_source_says_that_it_can_be(case):
     reads_one = case.row.readout in ("first", "last")
     is_causal = case.row.family == "causal decoder"
     expected = {(True, True): "every block" if is_causal else "last block", (True, False): "head"}
-    wants_all_rows = case.row.name in ("Longformer", "T5")  # pads its inputs itself; hands on a bias for pairs of rows
+    # The first two pad their inputs themselves, the last hands on a bias for pairs of rows.
+    wants_all_rows = case.row.name in ("Longformer", "BigBird, block-sparse", "T5")
     found = reuse_of(case.row, case.classifier)
     assert found == ("–" if wants_all_rows else expected.get((reads_one, is_fused), "–"))
 
@@ -243,7 +244,9 @@ def test_a_sweep_of_every_component_equals_the_plain_hooked_forward(case):
         at_the_end = reused.pop(f"{component} of layer {reference.n_layers - 1}")
         rows = "rows" if row_reuse in ("last block", "every block") else "prefix"
         assert set(reused.values()) <= {rows}
-        assert at_the_end == ("rows" if row_reuse == "head" and component in ("residual", "pooler") else rows)
+        is_head = component in ("residual", "pooler")
+        # Models that pad their own inputs take a single row in some batches and not in others.
+        assert at_the_end == ("rows" if row_reuse == "head" and is_head else rows) or (row_reuse == "–" and is_head)
         scale = 1 + np.nanmax(np.abs(plain.logits))
         np.testing.assert_allclose(fast.logits, plain.logits, atol=1e-5 * scale, rtol=0)
 
