@@ -15,6 +15,9 @@ import timing
 import torch
 from torch import Tensor, nn
 
+TOGETHER = (1, 4)
+"""Cells in one forward pass that are tried where a side has the choice; the fastest is kept."""
+
 
 class RefusedError(Exception):
     """A peer said, when asked, that it cannot take this model; the message is the peer's own."""
@@ -152,12 +155,41 @@ class Peer(Side):
         """Yield positions of cells (an index, or several as a column) and the batch's logits under them."""
 
 
+class StackingPeer(Peer):
+    """A peer that can run several cells of a layer in one forward pass, as the batch several times over."""
+
+    def prepare(self, task: Task) -> None:
+        """Keep the fastest number of cells in one forward pass."""
+        self.together = fastest_together(self, task)
+
+    def edited(self, task: Task, batch: TaskBatch) -> Iterator[tuple[Any, Tensor]]:
+        """Yield a cell, or several of a layer, at a time."""
+        units = units_of(task)
+        for layer, positions in by_layer(task).items():
+            for start in range(0, len(positions), self.together):
+                chosen = positions[start : start + self.together]
+                logits = self.stacked(batch, layer, [units[position] for position in chosen])
+                yield torch.tensor(chosen, device=task.device)[:, None], logits.reshape(len(chosen), len(batch), -1)
+
+    @abstractmethod
+    def stacked(self, batch: TaskBatch, layer: int, units: list[Tensor]) -> Tensor:
+        """Return the logits of the batch with the units of each cell set to zero, one cell after the other."""
+
+
 def seconds_of(side: Side, task: Task) -> float:
     """Return the time of a run after one that is not counted."""
     side.run(task)
     start = perf_counter()
     side.run(task)
     return perf_counter() - start
+
+
+def fastest_together(side: Side, task: Task) -> int:
+    """Return the number of cells in one forward pass at which a side is the fastest, of those that are tried."""
+    seconds = {}
+    for side.together in TOGETHER:
+        seconds[side.together] = seconds_of(side, task)
+    return min(seconds, key=lambda each: seconds[each])
 
 
 def units_of(task: Task) -> list[Tensor]:

@@ -7,10 +7,7 @@ import torch
 from captum.attr import LayerFeatureAblation
 from torch import Tensor
 
-from peers.base import Peer, Task, TaskBatch, by_layer, seconds_of
-
-TOGETHER = (1, 4)
-"""Ablations in one forward pass (`perturbations_per_eval`) that are tried; the fastest is kept."""
+from peers.base import Peer, Task, TaskBatch, by_layer, fastest_together
 
 
 class CaptumAblation(Peer):
@@ -33,11 +30,8 @@ class CaptumAblation(Peer):
         }
 
     def prepare(self, task: Task) -> None:
-        """Keep the fastest number of ablations in one forward pass."""
-        seconds = {}
-        for self.together in TOGETHER:
-            seconds[self.together] = seconds_of(self, task)
-        self.together = min(seconds, key=lambda each: seconds[each])
+        """Keep the fastest number of ablations in one forward pass (`perturbations_per_eval`)."""
+        self.together = fastest_together(self, task)
 
     def edited(self, task: Task, batch: TaskBatch) -> Iterator[tuple[Any, Tensor]]:
         """Yield a cell at a time."""

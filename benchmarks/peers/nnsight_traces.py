@@ -1,16 +1,12 @@
 """nnsight: an edit in a trace, one cell a forward pass or several as invokes of one."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from nnsight import NNsight
 from torch import Tensor
 
-from peers.base import Peer, Task, TaskBatch, by_layer, seconds_of, units_of
-
-TOGETHER = (1, 4)
-"""Cells in one forward pass that are tried; the fastest is kept."""
+from peers.base import StackingPeer, Task, TaskBatch
 
 
 class _Stacking(NNsight):
@@ -24,7 +20,7 @@ class _Stacking(NNsight):
         return (), {name: torch.cat([options[name] for _, options in invokes]) for name in names}
 
 
-class NnsightTraces(Peer):
+class NnsightTraces(StackingPeer):
     """A trace for every batch and cell, or for every batch and several cells of a layer."""
 
     name: ClassVar[str] = "nnsight"
@@ -41,25 +37,12 @@ class NnsightTraces(Peer):
                 output = envoy.output.save()
             self.is_tuple.append(isinstance(output, tuple))
 
-    def prepare(self, task: Task) -> None:
-        """Keep the faster number of cells in one forward pass."""
-        seconds = {}
-        for self.together in TOGETHER:
-            seconds[self.together] = seconds_of(self, task)
-        self.together = min(seconds, key=lambda each: seconds[each])
-
-    def edited(self, task: Task, batch: TaskBatch) -> Iterator[tuple[Any, Tensor]]:
-        """Yield a cell, or several of a layer, at a time."""
-        units = units_of(task)
+    def stacked(self, batch: TaskBatch, layer: int, units: list[Tensor]) -> Tensor:
+        """Return the logits of one trace, of several invokes where there are several cells."""
         example, rows = batch.rows.new_tensor(range(len(batch)))[:, None], batch.rows[:, None]
-        for layer, positions in by_layer(task).items():
-            for start in range(0, len(positions), self.together):
-                chosen = positions[start : start + self.together]
-                if len(chosen) == 1:
-                    yield chosen[0], self._one(batch, layer, example, rows, units[chosen[0]])
-                else:
-                    several = self._several(batch, layer, example, rows, [units[each] for each in chosen])
-                    yield torch.tensor(chosen, device=task.device)[:, None], several
+        if len(units) == 1:
+            return self._one(batch, layer, example, rows, units[0])
+        return self._several(batch, layer, example, rows, units)
 
     def _one(self, batch: TaskBatch, layer: int, example: Tensor, rows: Tensor, units: Tensor) -> Tensor:
         envoy, is_tuple = self.envoys[layer], self.is_tuple[layer]
@@ -70,7 +53,6 @@ class NnsightTraces(Peer):
         return logits  # noqa: RET504 (the block above is not run where it stands)
 
     def _several(self, batch: TaskBatch, layer: int, example: Tensor, rows: Tensor, units: list[Tensor]) -> Tensor:
-        """Return the logits (cell, example, label)."""
         envoy, is_tuple = self.envoys[layer], self.is_tuple[layer]
         with self.model.trace() as tracer:
             for chosen in units:
@@ -79,4 +61,4 @@ class NnsightTraces(Peer):
                     states[example, rows, chosen] = 0
             with tracer.invoke():
                 logits = self.model.output.logits.save()
-        return logits.reshape(len(units), len(batch), -1)
+        return logits

@@ -1,19 +1,15 @@
 """Plain forward hooks: what anybody writes who knows PyTorch, with nothing in the way."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peers.base import Peer, Task, TaskBatch, by_layer, seconds_of, units_of
-
-TOGETHER = (1, 4)
-"""Cells in one forward pass that are tried; the fastest is kept."""
+from peers.base import StackingPeer, TaskBatch
 
 
-class PlainHooks(Peer):
+class PlainHooks(StackingPeer):
     """One forward pass for every batch and cell, or several cells of a layer, with a hook that writes zeros in place.
 
     Several cells are the batch several times over.
@@ -22,23 +18,8 @@ class PlainHooks(Peer):
     name: ClassVar[str] = "plain hooks"
     package: ClassVar[str] = "torch"
 
-    def prepare(self, task: Task) -> None:
-        """Keep the fastest number of cells in one forward pass."""
-        seconds = {}
-        for self.together in TOGETHER:
-            seconds[self.together] = seconds_of(self, task)
-        self.together = min(seconds, key=lambda each: seconds[each])
-
-    def edited(self, task: Task, batch: TaskBatch) -> Iterator[tuple[Any, Tensor]]:
-        """Yield a cell, or several of a layer, at a time."""
-        units = units_of(task)
-        for layer, positions in by_layer(task).items():
-            for start in range(0, len(positions), self.together):
-                chosen = positions[start : start + self.together]
-                logits = self._logits(batch, layer, [units[position] for position in chosen])
-                yield torch.tensor(chosen, device=task.device)[:, None], logits.reshape(len(chosen), len(batch), -1)
-
-    def _logits(self, batch: TaskBatch, layer: int, units: list[Tensor]) -> Tensor:
+    def stacked(self, batch: TaskBatch, layer: int, units: list[Tensor]) -> Tensor:
+        """Return the logits of one forward pass."""
         hook = partial(_zero, len(batch), batch.rows[:, None], units)
         handle = self.module.get_submodule(self.blocks[layer]).register_forward_hook(hook)
         n = len(units)

@@ -6,7 +6,7 @@ that changed meet the keys and values of those that did not.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -139,11 +139,11 @@ class _EndedError(Exception):
 
 @contextmanager
 def attention_of_one_row(
-    root: nn.Module, blocks: Sequence[str], others: Mapping[int, Attended], slots: "Slots | None"
+    root: nn.Module, blocks: Sequence[str], others: Callable[[int], Attended], slots: "Slots | None"
 ) -> Iterator[None]:
     """Let blocks that are given one row a run attend as that row does among all of its example.
 
-    `others[l]` are keys and values of block l. With `slots` they are those of the clean pass, of which only the row's
+    `others(l)` are keys and values of block l. With `slots` they are those of the clean pass, of which only the row's
     own have changed; without, they are those of the runs, changed as they are.
     """
     with _in_blocks(root, blocks, _OneRow(others, slots)):
@@ -246,12 +246,12 @@ class _Ender(_AttentionOfBlocks):
 
 
 class _OneRow(_AttentionOfBlocks):
-    def __init__(self, others: Mapping[int, Attended], slots: Slots | None) -> None:
+    def __init__(self, others: Callable[[int], Attended], slots: Slots | None) -> None:
         super().__init__()
         self.others, self.slots = others, slots
 
     def attend(self, call: AttentionCall) -> Tensor:
-        others = self.others[self.layer]
+        others = self.others(self.layer)
         if self.slots is None:
             return scaled_dot_product_attention(
                 call.query, others.key, others.value, attn_mask=others.bias, scale=others.scale

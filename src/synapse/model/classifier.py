@@ -1,11 +1,12 @@
 """The classifier under study: a frozen Transformer with its preprocessing, its labels and its anatomy."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from synapse.model.pretrained import load_classifier
 from synapse.model.trace import forward_logits
 from synapse.types import COMPONENTS, Scope
 
+log = logging.getLogger(__name__)
+
 Inputs = Sequence[Any] | np.ndarray
 """Raw inputs, one entry (or one row) an example: texts, pairs of texts, token ids, paths, arrays."""
 
@@ -35,6 +38,8 @@ LESS_MEMORY = "use shorter inputs (--max-length), or a machine with more memory"
 
 STATE_NUMBERS = {"cpu": 400_000, "cuda": 25_000_000}
 """Numbers in one block output of a forward pass, at most."""
+
+Result = TypeVar("Result")
 
 LogitEdit = Callable[[Tensor], Tensor]
 """Takes logits (example, label) and returns what replaces them."""
@@ -317,27 +322,9 @@ class Classifier:
         targets = self._known_targets(examples) if isinstance(examples, Examples) else None
         logits = np.empty((len(inputs), len(self.labels)), dtype=np.float32)
         for batch in self.batches(inputs, targets):
-            for part, found in self._forward_in_parts(batch):
+            for part, found, _ in in_halves(batch, self.forward):
                 logits[part.index] = found.float().cpu().numpy()
         return logits
-
-    def _forward_in_parts(self, batch: Batch) -> Iterator[tuple[Batch, Float[Tensor, "example label"]]]:
-        """Yield the logits of a batch, in halves where memory runs out."""
-        waiting, failed = [batch], None
-        while waiting:
-            part = waiting.pop()
-            try:
-                found = self.forward(part)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                n = len(part.index)
-                if part is failed:
-                    raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
-                examples = torch.arange(n, device=self.device)
-                # A single example is tried once more: what took the memory may be gone by now.
-                failed = part if n == 1 else None
-                waiting += [part] if n == 1 else [part.take(examples[n // 2 :]), part.take(examples[: n // 2])]
-                continue
-            yield part, found
 
     def _known_targets(self, examples: Examples) -> Int[np.ndarray, "example"] | None:
         """Return the classes of the examples, or None where they are labelled otherwise: to predict needs no labels."""
@@ -459,6 +446,31 @@ class Classifier:
     def weights_hash(self) -> str:
         """Return the SHA-256 of all parameters and buffers, names and bytes."""
         return hash_tensors(self.module.state_dict())
+
+
+def in_halves(batch: Batch, run: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result, bool]]:
+    """Yield what `run` returns for a batch, in halves where memory runs out: each part, and whether it is the last.
+
+    Raises:
+        ResourceError: memory does not suffice for a single example.
+    """
+    waiting, failed = [batch], None
+    while waiting:
+        part = waiting.pop()
+        try:
+            result = run(part)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            n = len(part.index)
+            if part is failed:
+                raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
+            log.warning("Memory ran out with %d examples in a pass; it goes on with half of them.", n)
+            # A single example is tried once more: what took the memory may be gone by now.
+            failed = part if n == 1 else None
+            examples = torch.arange(n)
+            waiting += [part] if n == 1 else [part.take(examples[n // 2 :]), part.take(examples[: n // 2])]
+            continue
+        yield part, result, not waiting
+        del result  # before the next part is run
 
 
 def choose_device(device: str) -> torch.device:

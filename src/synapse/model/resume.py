@@ -15,7 +15,7 @@ values of rows that are not computed. Nothing here knows an architecture.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -74,11 +74,18 @@ class CleanPass:
         """Return the states of a component, one tensor (example, token, unit) a layer."""
         return self.states if component == "residual" else self.others[component]
 
+    def attended(self, layer: int) -> Attended:
+        """Return what the readout row of every example looks at in a block."""
+        if layer not in self._attended:  # in encoders only the last block is asked for
+            block = self.attention[layer]
+            assert block is not None
+            assert self.row is not None
+            self._attended[layer] = block.at(self.row)
+        return self._attended[layer]
+
     @cached_property
-    def attended(self) -> dict[int, Attended]:
-        """What the readout row of every example looks at in every block."""
-        assert self.row is not None
-        return {layer: block.at(self.row) for layer, block in enumerate(self.attention) if block is not None}
+    def _attended(self) -> dict[int, Attended]:
+        return {}
 
     @property
     def head_reads_one_row(self) -> bool:
@@ -344,10 +351,10 @@ class _Resumption:
             edited_sites(root, [(below, partial(_append, reached))]),
         ):
             resume(classifier, self.clean, layer, states, self.runs.example)
-        bias = _of_examples(self.clean.attended[last].bias, self.runs.example)
+        bias = _of_examples(self.clean.attended(last).bias, self.runs.example)
         attended = replace(BlockAttention(seen[0]).at(self._row), bias=bias)
         rows = reached[-1][self._run, self._row].unsqueeze(1)
-        return self._in_one_row(last - 1, rows, edits_from=last, attended={last: attended})
+        return self._in_one_row(last - 1, rows, edits_from=last, attended={last: attended}.__getitem__)
 
     @contextmanager
     def _unmixed_again(self, layer: int) -> Iterator[None]:
@@ -375,7 +382,7 @@ class _Resumption:
         rows: Float[Tensor, "run 1 unit"] | None,
         *,
         edits_from: int = 0,
-        attended: Mapping[int, Attended] | None = None,
+        attended: Callable[[int], Attended] | None = None,
     ) -> Float[Tensor, "run label"]:
         """Return the logits from one row a run after block `layer`, among the clean pass's rows or those given."""
         with self._edited(edits_from, self.classifier.n_layers):
@@ -389,7 +396,7 @@ class _Resumption:
         return states[0][:, 0]
 
     def _forward_of_rows(
-        self, layer: int, rows: Float[Tensor, "run 1 unit"] | None, attended: Mapping[int, Attended] | None
+        self, layer: int, rows: Float[Tensor, "run 1 unit"] | None, attended: Callable[[int], Attended] | None
     ) -> Float[Tensor, "run label"]:
         classifier, clean = self.classifier, self.clean
         assert clean.row is not None

@@ -434,15 +434,27 @@ class Resample(OfOneLayer):
 
 
 @dataclass(frozen=True)
-class Clamp(OfOneLayer):
-    """Keeps each neuron between two bounds of its own: x' = min(max(x, low), high). Readout rows.
-
-    With quantiles of the training examples for bounds it takes away what is out of the ordinary, and nothing else.
-    """
+class Bounded(OfOneLayer):
+    """Keeps each neuron between two bounds of its own."""
 
     _: KW_ONLY
     low: Numbers
     high: Numbers
+
+    def check(self) -> None:
+        """Refuse other than one low and one high number, in that order, for each neuron."""
+        self._check_one_each("low", "high")
+        for unit, low, high in zip(self.neurons.units, self.low, self.high, strict=True):
+            if low > high:
+                raise SettingsError(f"Unit {unit} has the bounds {low} and {high}; low <= high was expected.")
+
+
+@dataclass(frozen=True)
+class Clamp(Bounded):
+    """Keeps each neuron between two bounds of its own: x' = min(max(x, low), high). Readout rows.
+
+    With quantiles of the training examples for bounds it takes away what is out of the ordinary, and nothing else.
+    """
 
     @classmethod
     def of(
@@ -458,11 +470,6 @@ class Clamp(OfOneLayer):
         bottom, top = _quantiles(cls, neurons, activations, low, high, scope)
         return cls(neurons, scope=scope, low=bottom, high=top)
 
-    def check(self) -> None:
-        """Refuse other than one low and one high number, in that order, for each neuron."""
-        self._check_one_each("low", "high")
-        _check_order(self.neurons, self.low, self.high)
-
     def values(
         self, x: Float[Tensor, "row unit"], place: Place, example: Int[Tensor, "row"]
     ) -> Float[Tensor, "row unit"]:
@@ -471,7 +478,7 @@ class Clamp(OfOneLayer):
 
 
 @dataclass(frozen=True)
-class Quantise(OfOneLayer):
+class Quantise(Bounded):
     """Rounds each neuron to one of 2^bits equally spaced levels from `low` to `high`; what lies outside is clipped.
 
     x' = low + step * round((min(max(x, low), high) - low) / step) with step = (high - low) / (2^bits - 1), halves to
@@ -481,8 +488,6 @@ class Quantise(OfOneLayer):
 
     _: KW_ONLY
     bits: int
-    low: Numbers
-    high: Numbers
 
     @classmethod
     def of(
@@ -503,8 +508,7 @@ class Quantise(OfOneLayer):
         """Refuse other than 1 to 16 bits, and other than one low and one high number, in that order, a neuron."""
         if not 1 <= self.bits <= MOST_BITS:
             raise SettingsError(f"{self.bits} bits were asked for; 1 to {MOST_BITS} were expected.")
-        self._check_one_each("low", "high")
-        _check_order(self.neurons, self.low, self.high)
+        super().check()
 
     def values(
         self, x: Float[Tensor, "row unit"], place: Place, example: Int[Tensor, "row"]
@@ -662,12 +666,6 @@ def _check_readout(cls: type[Intervention], scope: Scope) -> None:
 def _check_finite(name: str, numbers: Sequence[float]) -> None:
     if not all(map(math.isfinite, numbers)):
         raise SettingsError(f"A number of {name} is not finite; finite numbers were expected.")
-
-
-def _check_order(neurons: Neurons, low: Numbers, high: Numbers) -> None:
-    for unit, least, largest in zip(neurons.units, low, high, strict=True):
-        if least > largest:
-            raise SettingsError(f"Unit {unit} has the bounds {least} and {largest}; low <= high was expected.")
 
 
 def _check_seed(seed: int) -> None:

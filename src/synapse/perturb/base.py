@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, fields
 from functools import cached_property, partial
+from inspect import isabstract
 from typing import Any
 
 import numpy as np
@@ -323,7 +324,8 @@ def _kinds() -> dict[str, list[type[Intervention]]]:
     while waiting:
         cls = waiting.pop(0)
         waiting += cls.__subclasses__()
-        found.setdefault(kind_name(cls), {})[cls.__module__, cls.__qualname__] = cls
+        if not isabstract(cls):
+            found.setdefault(kind_name(cls), {})[cls.__module__, cls.__qualname__] = cls
     return {name: list(classes.values()) for name, classes in found.items()}
 
 

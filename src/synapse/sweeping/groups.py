@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from synapse.errors import ModelError, ResourceError
-from synapse.model.classifier import Batch, Classifier
+from synapse.model.classifier import LESS_MEMORY, Batch, Classifier
 from synapse.model.hooks import Edit
 from synapse.model.resume import CleanPass, Reuse, Runs, run_logits, runs_in_one_row
 from synapse.perturb.base import Intervention, Place, noise_for
@@ -45,12 +45,32 @@ Results = Iterator[tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Float
 
 
 @dataclass(eq=False)
+class PassSize:
+    """How many token rows a forward pass of runs may have: one for all groups, halved when memory runs out."""
+
+    rows: int
+
+    def halve(self, where: str, error: BaseException, *, runs: int) -> None:
+        """Halve it, after a pass of so many runs failed.
+
+        Raises:
+            ResourceError: that was a single one.
+        """
+        if runs == 1:
+            raise ResourceError(f"Memory ran out with a single run of {where}; {LESS_MEMORY}.") from error
+        self.rows = max(1, self.rows // 2)
+        log.warning("Memory ran out in %s; it goes on with at most %d rows in a pass.", where, self.rows)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@dataclass(eq=False)
 class Group:
     """Runs whose first edit is at one site, in one scope.
 
     `rows` are their positions among all runs of the sweep. `reuse` says what they take over of a clean pass, None as
-    long as that was not tried, `plain` where nothing could be trusted; `reason` then says why. `most_rows` is how many
-    token rows a forward pass may have; it is halved when memory runs out. `turn` says which example it is proved on.
+    long as that was not tried, `plain` where nothing could be trusted; `reason` then says why. `size` is that of a
+    forward pass, and `turn` says which example the group is proved on.
     """
 
     component: Component
@@ -60,7 +80,7 @@ class Group:
     runs: Sequence[Run]
     reference: Activations
     seed: int
-    most_rows: int
+    size: PassSize
     turn: int
     reuse: Reuse | Literal["plain"] | None = None
     reason: str = ""
@@ -80,13 +100,13 @@ class Group:
         if self.reuse == "plain":
             yield from self._plain(classifier, clean.batch, run, example)
             return
-        members, start = _Members(self), 0
+        members, start = _Members(self, classifier, clean), 0
         while start < len(run):
             chunk = slice(start, start + self._chunk_size(classifier, clean))
             try:
-                logits = self.reused(classifier, clean, members, run[chunk], example[chunk])
+                logits = self.reused(members, run[chunk], example[chunk])
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self._halve(chunk.stop - chunk.start, error)
+                self.size.halve(self.name, error, runs=min(chunk.stop, len(run)) - start)
                 continue
             except Exception as error:  # on a batch that differs from the one of the proof: see `prove`
                 if self.reuse != "rows":
@@ -97,37 +117,26 @@ class Group:
             yield self.rows[run[chunk]], example[chunk], logits
             start = chunk.stop
 
+    def interventions(self, run: int) -> dict[int, Intervention]:
+        """Return what a run does, by layer."""
+        return self.runs[run].interventions(self.reference, seed=self.seed)
+
     def _chunk_size(self, classifier: Classifier, clean: CleanPass) -> int:
         alone = self.reuse == "rows" and runs_in_one_row(
             classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row
         )
-        return max(1, self.most_rows // (1 if alone else clean.n_tokens))
+        return max(1, self.size.rows // (1 if alone else clean.n_tokens))
 
     @property
     def in_readout_row(self) -> bool:
         """Whether the edits change the readout row alone, if there is one."""
         return self.scope in ("readout", "readout-onward")
 
-    def _halve(self, runs: int, error: BaseException) -> None:
-        if runs == 1:
-            raise ResourceError(
-                f"Memory ran out with a single run of {self.name}; use shorter inputs (--max-length), or a machine "
-                "with more memory."
-            ) from error
-        self.most_rows = max(1, self.most_rows // 2)
-        log.warning("Memory ran out in %s; it goes on with at most %d rows in a pass.", self.name, self.most_rows)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     def reused(
-        self,
-        classifier: Classifier,
-        clean: CleanPass,
-        members: "_Members",
-        run: Int[np.ndarray, "pair"],
-        example: Int[np.ndarray, "pair"],
+        self, members: "_Members", run: Int[np.ndarray, "pair"], example: Int[np.ndarray, "pair"]
     ) -> Float[np.ndarray, "pair label"]:
         """Return the logits of pairs of a run and an example, in the order of the runs, taking over the clean pass."""
+        classifier, clean = members.classifier, members.clean
         firsts = np.flatnonzero(np.diff(run, prepend=-1)).tolist()
         spans = [
             _Span(start, stop, members[int(run[start])])
@@ -139,7 +148,7 @@ class Group:
             if onward
             else sorted({layer for span in spans for layer in span.interventions})
         )
-        chunk = _Chunk(classifier, clean, self.component, self.scope, spans, example)
+        chunk = _Chunk(members, self.component, self.scope, spans, example)
         edits: dict[int, Edit] = {layer: partial(chunk.edited, layer) for layer in layers}
         chosen = torch.from_numpy(example).to(classifier.device)
         runs = Runs(self.component, self.layer, edits, chosen, self.in_readout_row)
@@ -151,11 +160,10 @@ class Group:
     def _plain(
         self, classifier: Classifier, batch: Batch, run: Int[np.ndarray, "pair"], example: Int[np.ndarray, "pair"]
     ) -> Results:
-        members = _Members(self)
         for one in np.unique(run).tolist():
             mine = example[run == one]
             its_own = batch.take(torch.from_numpy(mine).to(classifier.device))
-            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, its_own, members[one])
+            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, its_own, self.interventions(one))
 
     def sample(self, classifier: Classifier, clean: CleanPass) -> Float[np.ndarray, "pair label"]:
         """Return the logits of runs with a few sets on all examples of a clean pass, as the sweep runs them."""
@@ -165,23 +173,20 @@ class Group:
         run, example = np.repeat(few, n_examples), np.tile(np.arange(n_examples), len(few))
         if self.reuse == "plain":
             return np.concatenate([logits for _, _, logits in self._plain(classifier, clean.batch, run, example)])
-        return self.reused(classifier, clean, _Members(self), run, example)
+        return self.reused(_Members(self, classifier, clean), run, example)
 
-    def _tried(
-        self,
-        classifier: Classifier,
-        clean: CleanPass,
-        members: "_Members",
-        pairs: tuple[Int[np.ndarray, "pair 2"], Int[np.ndarray, "1 2"]],
-    ) -> Float[np.ndarray, "1 label"]:
-        """Return the logits of a pair in its company; where memory does not suffice for that, alone."""
-        company, one = pairs
+    def _tried(self, members: "_Members", run: int, example: int) -> Float[np.ndarray, "1 label"]:
+        """Return the logits of a pair as the sweep runs it: in company, of another example and of another run.
+
+        Where memory does not suffice for that, alone.
+        """
+        another, other = (run + 1) % len(self.runs), (example + 1) % len(members.clean.batch.index)
+        company = sorted({(run, example), (run, other), (another, example)})
         try:
-            found = self.reused(classifier, clean, members, *company.T)
+            found = self.reused(members, *np.array(company).T)
         except (torch.OutOfMemoryError, MemoryError):
-            return self.reused(classifier, clean, members, *one.T)
-        mine: Float[np.ndarray, "1 label"] = found[(company == one).all(axis=1)]
-        return mine
+            return self.reused(members, np.array([run]), np.array([example]))
+        return found[[company.index((run, example))]]
 
     def prove(
         self,
@@ -198,23 +203,20 @@ class Group:
         run = min(range(len(self.runs)), key=lambda each: abs(len(self.runs[each].neurons) - half))
         n_examples = len(clean.batch.index)
         example = n_examples - 1 - self.turn % n_examples
-        members, reasons = _Members(self), [failed] if failed else []
+        members, reasons = _Members(self, classifier, clean), [failed] if failed else []
         alone = clean.batch.take(torch.tensor([example], device=classifier.device))
         expected = plain_logits(classifier, alone, members[run])
         refuse_infinite(self, expected, clean.batch.index[[example]])
         # Weights in half precision round differently in every batch.
         eps = torch.finfo(clean.states[0].dtype).eps
         tolerance = max(TOLERANCE, 8 * eps * (1 + float(np.abs(expected).max())))
-        # In company, as the sweep runs it: beside another example, and beside another run of its own example.
-        company = sorted({(run, example), (run, (example + 1) % n_examples), ((run + 1) % len(self.runs), example)})
-        pairs = np.array(company), np.array([(run, example)])
         in_one_row = runs_in_one_row(classifier, clean, self.component, self.layer, in_readout_row=self.in_readout_row)
         for reuse in levels:
             if reuse == "rows" and not (in_one_row or clean.knows_rows):
                 continue
             self.reuse = reuse
             try:
-                gap = float(np.abs(self._tried(classifier, clean, members, pairs) - expected).max())
+                gap = float(np.abs(self._tried(members, run, example) - expected).max())
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # the model's own code may fail in any way on single rows
@@ -285,6 +287,7 @@ def grouped(
     runs: Sequence[Run], reference: Activations, classifier: Classifier, *, seed: int, plain: bool
 ) -> list[Group]:
     """Return the runs in groups, by the place of their first edit."""
+    size = PassSize(max(classifier.max_tokens, FEWEST_ROWS))
     members: dict[tuple[int, Scope], list[int]] = defaultdict(list)
     for row, run in enumerate(runs):
         members[run.layer, run.scope].append(row)
@@ -297,7 +300,7 @@ def grouped(
             [runs[row] for row in rows],
             reference,
             seed,
-            max(classifier.max_tokens, FEWEST_ROWS),
+            size,
             turn,
             "plain" if plain else None,
         )
@@ -306,16 +309,25 @@ def grouped(
 
 
 class _Members:
-    """The interventions of a group's runs by layer, made when they are needed."""
+    """What the runs of a group need on one clean pass, made once: their interventions by layer, and their noise."""
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    def __init__(self, group: Group, classifier: Classifier, clean: CleanPass) -> None:
+        self.group, self.classifier, self.clean = group, classifier, clean
         self.made: dict[int, dict[int, Intervention]] = {}
+        self.draws: dict[tuple[int, int], torch.Tensor] = {}
 
     def __getitem__(self, run: int) -> dict[int, Intervention]:
         if run not in self.made:
-            self.made[run] = self.group.runs[run].interventions(self.group.reference, seed=self.group.seed)
+            self.made[run] = self.group.interventions(run)
         return self.made[run]
+
+    def noise(self, layer: int, n_tokens: int, *, seed: int) -> torch.Tensor:
+        """Return the draws of all examples at a layer, (example, token, unit)."""
+        if (layer, seed) not in self.draws:
+            self.draws[layer, seed] = noise_for(
+                self.classifier, self.clean.batch, self.group.component, layer, n_tokens, seed=seed
+            )
+        return self.draws[layer, seed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,19 +341,18 @@ class _Span:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Pairs of a run and an example that share forward passes; `noise` keeps the draws of the batch."""
+    """Pairs of a run and an example that share forward passes."""
 
-    classifier: Classifier
-    clean: CleanPass
+    members: _Members
     component: Component
     scope: Scope
     spans: Sequence[_Span]
     example: Int[np.ndarray, "pair"]
-    noise: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def edited(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """Return what passes the site of a layer, each span under its own intervention."""
-        classifier, batch = self.classifier, self.classifier.current_batch
+        classifier = self.members.classifier
+        batch = classifier.current_batch
         site = classifier.sites(self.component)[layer]
         # One row that stands for all of its example is the one to edit.
         rows = None if states.shape[1] == 1 else classifier.rows(batch, site, states.shape[1], self.scope)
@@ -369,14 +380,11 @@ class _Chunk:
 
     def _noise(self, layer: int, span: _Span, n_rows: int, seed: int) -> torch.Tensor:
         """Return the draws for the rows that are there: all of each example, or the one that the head reads."""
-        clean, site = self.clean, self.classifier.sites(self.component)[layer]
+        clean, classifier = self.members.clean, self.members.classifier
+        site = classifier.sites(self.component)[layer]
         n_tokens = 1 if site.layout == "example unit" else clean.n_tokens
-        if (layer, seed) not in self.noise:
-            self.noise[layer, seed] = noise_for(
-                self.classifier, clean.batch, self.component, layer, n_tokens, seed=seed
-            )
-        example = torch.from_numpy(self.example[span.start : span.stop]).to(self.classifier.device)
-        draws = self.noise[layer, seed]
+        example = torch.from_numpy(self.example[span.start : span.stop]).to(classifier.device)
+        draws = self.members.noise(layer, n_tokens, seed=seed)
         if n_rows == n_tokens:
             return draws[example]
         assert clean.row is not None

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from synapse.data.examples import Examples
 from synapse.errors import ResourceError, SettingsError, SplitError, near
 from synapse.measure.sequential import AnytimeChange
-from synapse.model.classifier import LESS_MEMORY, Batch, Classifier, hash_tensors
+from synapse.model.classifier import LESS_MEMORY, Batch, Classifier, hash_tensors, in_halves
 from synapse.model.resume import CleanPass, clean_pass
 from synapse.perturb.base import check_neurons
 from synapse.ranking.base import Ranking
@@ -62,8 +63,8 @@ def sweep(
     `cells` is a plan of your own; without one, the default grid with these `fractions` is swept. `reference` (the
     training examples) gives the numbers that kinds such as `mean` and `noise` use.
 
-    `engine` is one of `ENGINES`. The first runs of each site and scope are compared with the plain hooked forward; what
-    their logits do not bear out within 1e-4 is not used, and `Sweep.reuse` says what was. Working memory is that of one
+    `engine` is one of `ENGINES`. One run of each site and scope is compared with the plain hooked forward; what its
+    logits do not bear out within 1e-4 is not used, and `Sweep.reuse` says what was. Working memory is that of one
     batch and one forward pass, each of at most `classifier.max_tokens` rows (or 1,024), whatever the number of examples
     and cells; the results take 4 bytes a cell, example and label, in files with `keep`.
 
@@ -228,23 +229,25 @@ def _run_batch(
     reported: "_Reported",
 ) -> None:
     """Run all groups on one batch, as far as that was not done before; `cell` is the first one of every run."""
-    asked = [group.asked(batch.index) & going_on[group.rows, None] for group in groups]
-    left = [part for part in range(len(groups)) if not results.is_done(batch.index, part)]
-    reported.add(sum(int(which.sum()) for part, which in enumerate(asked) if part not in left))
+    left = [position for position in range(len(groups)) if not results.is_done(batch.index, position)]
+    done = [group for position, group in enumerate(groups) if position not in left]
+    reported.add(sum(int((group.asked(batch.index) & going_on[group.rows, None]).sum()) for group in done))
     if not left and results.is_done(batch.index, CLEAN):
         return
     with passes.precision():
-        for clean, piece, is_last in passes.clean(batch):
-            results.clean_logits[clean.batch.index] = clean.logits.float().cpu().numpy()
+        for part, clean, is_last in passes.clean(batch):
+            results.clean_logits[part.index] = clean.logits.float().cpu().numpy()
             if is_last:
                 results.finish(batch.index, CLEAN)
-            for part in left:
-                for run, example, logits in groups[part].results(passes.classifier, clean, asked[part][:, piece]):
-                    refuse_infinite(groups[part], logits, clean.batch.index[example])
-                    results.logits[cell[run], clean.batch.index[example]] = logits
+            for position in left:
+                group = groups[position]
+                asked = group.asked(part.index) & going_on[group.rows, None]
+                for run, example, logits in group.results(passes.classifier, clean, asked):
+                    refuse_infinite(group, logits, part.index[example])
+                    results.logits[cell[run], part.index[example]] = logits
                     reported.add(len(run))
                 if is_last:
-                    results.finish(batch.index, part)
+                    results.finish(batch.index, position)
 
 
 def _by_cell(results: SweepResults, runs: Sequence[Run]) -> Float[np.ndarray, "cell example label"]:
@@ -272,21 +275,9 @@ class _Passes:
             return nullcontext()
         return torch.autocast(self.classifier.device.type, AUTOCAST[self.autocast])
 
-    def clean(self, batch: Batch) -> Iterator[tuple[CleanPass, Int[np.ndarray, "piece"], bool]]:
-        """Yield the clean pass of a batch, its examples, and whether it is the last: in halves if memory runs out."""
-        waiting = [np.arange(len(batch.index))]
-        while waiting:
-            piece = waiting.pop()
-            chosen = torch.from_numpy(piece).to(self.classifier.device)
-            try:
-                clean = clean_pass(self.classifier, batch.take(chosen), reuse=self.reuse)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                if len(piece) == 1:
-                    raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
-                log.warning("Memory ran out with %d examples in a pass; it goes on with half of them.", len(piece))
-                waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
-                continue
-            yield clean, piece, not waiting
+    def clean(self, batch: Batch) -> Iterator[tuple[Batch, CleanPass, bool]]:
+        """Yield the clean pass of a batch, and whether it is the last: in halves if memory runs out."""
+        return in_halves(batch, partial(clean_pass, self.classifier, reuse=self.reuse))
 
     def prove(self, groups: Sequence[Group], batch: Batch) -> Agreement | None:
         """Let every group choose what it takes over, on a few examples in full precision.
