@@ -54,7 +54,9 @@ class Settings(pydantic.BaseModel):
 
     train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
     examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
-    methods: tuple[str, ...] = pydantic.Field(tuple(METHODS), description="ranking methods; the first is swept")
+    methods: tuple[str, ...] = pydantic.Field(
+        ("cumulative-mass", "linear", "probeless", "random"), description="ranking methods; the first is swept"
+    )
     sites: tuple[Component, ...] = pydantic.Field(
         ("residual",), description="components of the layers that are studied; the report begins with the first"
     )

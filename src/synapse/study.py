@@ -29,7 +29,8 @@ from synapse.model.classifier import Classifier
 from synapse.model.resume import clean_pass
 from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
 from synapse.probe.probe import Probes, fit_probes, refit_probes
-from synapse.ranking import RandomOrder, Ranking, rank
+from synapse.ranking import Ranking, rank
+from synapse.ranking.statistics import RandomOrder
 from synapse.recording import record_components
 from synapse.report.html import write_report
 from synapse.settings import Amount, Settings

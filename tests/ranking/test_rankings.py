@@ -6,7 +6,7 @@ from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
 from synapse.errors import SettingsError
 from synapse.probe.probe import Probe, Probes, fit_probes
-from synapse.ranking import METHODS, Ranking, rank
+from synapse.ranking import METHODS, Evidence, Ranking, rank
 from synapse.ranking.weights import CumulativeMass, LinearWeight
 from synapse.recording import record
 from synapse.types import Activations
@@ -34,7 +34,7 @@ def order(method, weights):
         converged=True,
     )
     probes = Probes((probe,), tuple("abcdefgh"[:n_labels]), "source")
-    return np.argsort(-method.scores(some_activations(n_units), probes)[0, 0], kind="stable")
+    return method.rank(Evidence(some_activations(n_units), probes)).order(0)
 
 
 def blocks_by_search(weights, steps=100):

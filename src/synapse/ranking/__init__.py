@@ -1,41 +1,52 @@
-"""Rankings of neurons, and the methods that make them. A new method is one file and one line in `METHODS`."""
+"""Rankings of neurons, and the methods that make them. A new method is one class and one line in `METHODS`."""
 
+from synapse.data.examples import Examples
 from synapse.errors import SettingsError, near
+from synapse.model.classifier import Classifier
 from synapse.probe.probe import Probes
-from synapse.ranking.base import Ranking, RankingMethod
+from synapse.ranking.base import Evidence, Ranking, RankingMethod, Scores
 from synapse.ranking.statistics import Probeless, RandomOrder
 from synapse.ranking.weights import CumulativeMass, LinearWeight
 from synapse.types import Activations
 
-METHODS: dict[str, type[RankingMethod]] = {
-    "cumulative-mass": CumulativeMass,
-    "linear": LinearWeight,
-    "probeless": Probeless,
-    "random": RandomOrder,
+METHODS: dict[str, RankingMethod] = {
+    method.name: method
+    for method in (
+        # by the weights of a probe
+        CumulativeMass(),
+        LinearWeight(),
+        # by statistics of the activations
+        Probeless(),
+        # what every other method is judged against
+        RandomOrder(),
+    )
 }
+"""The ranking methods, by the names that tables, studies and `rank` know them by."""
 
-__all__ = [
-    "METHODS",
-    "CumulativeMass",
-    "LinearWeight",
-    "Probeless",
-    "RandomOrder",
-    "Ranking",
-    "RankingMethod",
-    "rank",
-]
+__all__ = ["METHODS", "Evidence", "Ranking", "RankingMethod", "Scores", "rank"]
 
 
-def rank(activations: Activations, *, probes: Probes, method: str | RankingMethod = "cumulative-mass") -> Ranking:
+def rank(
+    activations: Activations,
+    *,
+    method: str | RankingMethod = "cumulative-mass",
+    probes: Probes | None = None,
+    classifier: Classifier | None = None,
+    examples: Examples | None = None,
+) -> Ranking:
     """Return the ranking of the neurons of every layer, over all classes and for each of them.
 
+    Most methods read the activations alone; some ask for `probes` on them, and some for the `classifier` and the
+    `examples` that were recorded, on which they run the model.
+
     Raises:
-        SettingsError: an unknown method.
+        SettingsError: an unknown method, or one that was not given what it needs.
+        DataError: an activation is not finite, or the examples are not those that were recorded.
     """
-    if isinstance(method, RankingMethod):
-        return method.rank(activations, probes)
-    if method not in METHODS:
-        raise SettingsError(
-            f"There is no ranking method {method!r}; the methods are {', '.join(METHODS)}.{near(method, METHODS)}"
-        )
-    return METHODS[method]().rank(activations, probes)
+    if not isinstance(method, RankingMethod):
+        if method not in METHODS:
+            raise SettingsError(
+                f"There is no ranking method {method!r}; the methods are {', '.join(METHODS)}.{near(method, METHODS)}"
+            )
+        method = METHODS[method]
+    return method.rank(Evidence(activations, probes, classifier, examples))

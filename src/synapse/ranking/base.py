@@ -1,13 +1,33 @@
-"""Rankings: an order of the neurons of every layer, over all classes and for each class."""
+"""Rankings: an order of the neurons of every layer, over all classes and for each class.
+
+A method of your own is a frozen dataclass of its parameters with a `name` and `scores`:
+
+```python
+@dataclass(frozen=True)
+class Spread(RankingMethod):
+    @property
+    def name(self) -> str:
+        return "spread"
+
+    def scores(self, evidence: Evidence) -> Scores:
+        return for_every_class(evidence, np.ptp(evidence.activations.values, axis=1))
+
+ranking = syn.rank(activations, method=Spread())
+```
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from synapse.errors import SettingsError, near
+from synapse.data.examples import Examples
+from synapse.errors import DataError, SettingsError, near
+from synapse.model.classifier import Classifier
 from synapse.probe.probe import Probes
 from synapse.types import GLOBAL, Activations, Component, Neurons
 
@@ -17,7 +37,8 @@ class Ranking:
     """Scores of every neuron of a component, higher is more important; ties go to the lower index.
 
     `scores[l, 0]` is the global ranking of layer l, `scores[l, 1 + c]` that of class c. `source` is the fingerprint of
-    the examples that it was made from: neurons chosen on a split may not be measured on it.
+    the examples that it was made from: neurons chosen on a split may not be measured on it. Where a method's numbers
+    have a direction, `signed`, of the same shape, holds the numbers themselves.
     """
 
     method: str
@@ -25,6 +46,7 @@ class Ranking:
     labels: tuple[str, ...]
     source: str
     component: Component = "residual"
+    signed: Float[np.ndarray, "layer ranking unit"] | None = None
 
     def order(self, layer: int, label: str = GLOBAL) -> Int[np.ndarray, "unit"]:
         """Return the units of a layer, most important first; `label` names a class, or is empty for all of them.
@@ -34,12 +56,32 @@ class Ranking:
         """
         if not 0 <= layer < len(self.scores):
             raise SettingsError(f"Layer {layer} was asked for; the ranking has the layers 0 to {len(self.scores) - 1}.")
+        return np.argsort(-self.scores[layer, self.row(label)], kind="stable")
+
+    def row(self, label: str = GLOBAL) -> int:
+        """Return where the scores of a class stand; `label` is empty for all classes.
+
+        Raises:
+            SettingsError: an unknown class.
+        """
         if label != GLOBAL and label not in self.labels:
             raise SettingsError(
                 f"The ranking knows no class {label!r}; it has {', '.join(self.labels)}.{near(label, self.labels)}"
             )
-        row = 0 if label == GLOBAL else 1 + self.labels.index(label)
-        return np.argsort(-self.scores[layer, row], kind="stable")
+        return 0 if label == GLOBAL else 1 + self.labels.index(label)
+
+    def top_of_all_layers(self, size: int | float, *, label: str = GLOBAL) -> tuple[Neurons, ...]:
+        """Return the most important neurons among those of all layers: `size` of them, or that share of all.
+
+        They come as one set for each layer that has any, most important first; equal scores go to the earlier layer.
+        Scores of several layers compare where the method's numbers do: differences of logits, correlations and weights
+        of joint probes; shares of a layer's own weight (`cumulative-mass`) do not.
+        """
+        layers, width = len(self.scores), self.width
+        scores = self.scores[:, self.row(label)].ravel()
+        chosen = np.argsort(-scores, kind="stable")[: count_of(size, layers * width)]
+        found = [(layer, chosen[chosen // width == layer] % width) for layer in range(layers)]
+        return tuple(self._neurons(layer, units) for layer, units in found if len(units))
 
     def top(self, size: int | float, *, layer: int, label: str = GLOBAL) -> Neurons:
         """Return the most important neurons of a layer: `size` of them, or that share of the width if it is a float."""
@@ -81,6 +123,7 @@ class Ranking:
                             "rank": np.arange(self.width),
                             "unit": order,
                             "score": self.scores[layer, row, order],
+                            "signed": np.nan if self.signed is None else self.signed[layer, row, order],
                         }
                     )
                 )
@@ -107,20 +150,125 @@ def count_of(size: int | float, width: int) -> int:
     return max(round(size * width), 1 if size > 0 else 0) if share else int(size)
 
 
+Need = Literal["probes", "classifier"]
+"""What a method asks for beside the recorded activations: `classifier` stands for the model and the examples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What rankings are made from: the recorded training examples, and what some methods ask for beside them.
+
+    `examples` are the ones that were recorded, in the same order.
+    """
+
+    activations: Activations
+    probes: Probes | None = None
+    classifier: Classifier | None = None
+    examples: Examples | None = None
+
+    @property
+    def n_rankings(self) -> int:
+        """Number of rankings of a layer: the global one, and one for each class."""
+        return 1 + len(self.activations.labels)
+
+    @property
+    def present(self) -> list[int]:
+        """The classes that have a training example."""
+        return [int(c) for c in np.unique(self.activations.targets)]
+
+    @property
+    def probe_weights(self) -> Float[np.ndarray, "layer label unit"]:
+        """Weights of the probes, on standardised inputs."""
+        assert self.probes is not None
+        return np.stack([probe.weights for probe in self.probes.probes])
+
+    @property
+    def model(self) -> tuple[Classifier, Examples]:
+        """The classifier and the examples."""
+        assert self.classifier is not None
+        assert self.examples is not None
+        return self.classifier, self.examples
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a method says: `values`, higher is more important, and `signed` as in `Ranking`."""
+
+    values: Float[np.ndarray, "layer ranking unit"]
+    signed: Float[np.ndarray, "layer ranking unit"] | None = None
+
+
 @dataclass(frozen=True)
 class RankingMethod(ABC):
-    """A way of scoring neurons from the recorded activations of the training examples and the probes on them."""
+    """A way of scoring neurons from the recorded training examples; `needs` says what else it asks for."""
+
+    needs: ClassVar[tuple[Need, ...]] = ()
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The method's name in tables."""
+        """The method's name in tables, with what tells it from its siblings."""
 
     @abstractmethod
-    def scores(self, activations: Activations, probes: Probes) -> Float[np.ndarray, "layer ranking unit"]:
-        """Return the scores, higher is more important: the global row first, then one row a class."""
+    def scores(self, evidence: Evidence) -> Scores:
+        """Return the scores: the global row first, then one row a class.
 
-    def rank(self, activations: Activations, probes: Probes) -> Ranking:
-        """Return the ranking of all layers."""
-        scores = self.scores(activations, probes)
-        return Ranking(self.name, scores, activations.labels, activations.source, activations.component)
+        A class without a training example scores 0 everywhere. Scores are finite.
+        """
+
+    def rank(self, evidence: Evidence) -> Ranking:
+        """Return the ranking of all layers.
+
+        Raises:
+            SettingsError: what the method needs is missing.
+            DataError: an activation is not finite, or the examples are not those that were recorded.
+        """
+        self._check(evidence)
+        found, activations = self.scores(evidence), evidence.activations
+        return Ranking(
+            self.name, found.values, activations.labels, activations.source, activations.component, found.signed
+        )
+
+    def _check(self, evidence: Evidence) -> None:
+        missing = {
+            "probes": evidence.probes is None,
+            "classifier": evidence.classifier is None or evidence.examples is None,
+        }
+        asked = {"probes": "`probes=`", "classifier": "`classifier=` and `examples=`"}
+        for need in self.needs:
+            if missing[need]:
+                raise SettingsError(f"The ranking {self.name!r} was given no {need}; pass {asked[need]}.")
+        activations, examples = evidence.activations, evidence.examples
+        if examples is not None and examples.fingerprint != activations.source:
+            raise DataError(
+                f"The activations are not those of {examples.name}; pass the examples that were recorded, in the same "
+                "order."
+            )
+        for layer, values in enumerate(activations.values):
+            if not np.isfinite(values).all():
+                raise DataError(
+                    f"Activations of layer {layer} hold NaN or infinite values: look at the inputs, or run the "
+                    "classifier in float32."
+                )
+
+
+def with_global(
+    by_class: Float[np.ndarray, "layer label unit"], overall: Float[np.ndarray, "layer unit"]
+) -> Float[np.ndarray, "layer ranking unit"]:
+    """Return the rows of all classes under the global one."""
+    return np.concatenate([overall[:, None], by_class], axis=1).astype(np.float64)
+
+
+def for_every_class(evidence: Evidence, overall: Float[np.ndarray, "layer unit"]) -> Scores:
+    """Return scores of a method that knows no classes: every row is the global one."""
+    return Scores(np.repeat(overall[:, None].astype(np.float64), evidence.n_rankings, axis=1))
+
+
+def of_present(
+    evidence: Evidence, rows: Sequence[Float[np.ndarray, "layer unit"]]
+) -> Float[np.ndarray, "layer label unit"]:
+    """Return rows for all classes from those of the classes that have an example, 0 for the others."""
+    activations = evidence.activations
+    found = np.zeros((activations.n_layers, len(activations.labels), activations.width))
+    found[:, evidence.present] = np.stack(rows, axis=1)
+    return found

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
-from synapse.probe.probe import Probes
-from synapse.ranking.base import RankingMethod
-from synapse.types import Activations
+from synapse.ranking.base import Evidence, RankingMethod, Scores, of_present, with_global
 
 
 @dataclass(frozen=True)
@@ -23,16 +20,14 @@ class Probeless(RankingMethod):
         """The method's name in tables."""
         return "probeless"
 
-    def scores(self, activations: Activations, probes: Probes) -> Float[np.ndarray, "layer ranking unit"]:
-        """Return the differences of class means, global first; a class without training examples scores 0."""
-        present = [c for c in range(len(activations.labels)) if (activations.targets == c).any()]
-        means = np.stack([activations.values[:, activations.targets == c].mean(axis=1) for c in present], axis=1)
+    def scores(self, evidence: Evidence) -> Scores:
+        """Return the differences of class means."""
+        values, targets = evidence.activations.values, evidence.activations.targets
+        means = np.stack([values[:, targets == c].mean(axis=1) for c in evidence.present], axis=1)
         # (layer, label, 1, unit) - (layer, 1, label, unit) -> sum over the other label
         pairs = np.abs(means[:, :, None] - means[:, None]).sum(axis=2)
-        scores = np.zeros((activations.n_layers, 1 + len(activations.labels), activations.width))
-        scores[:, [1 + c for c in present]] = pairs
-        scores[:, 0] = pairs.sum(axis=1) / 2  # every pair was counted twice
-        return scores
+        by_class = of_present(evidence, list(pairs.swapaxes(0, 1)))
+        return Scores(with_global(by_class, pairs.sum(axis=1) / 2))  # every pair was counted twice
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class RandomOrder(RankingMethod):
         """The method's name in tables."""
         return "random"
 
-    def scores(self, activations: Activations, probes: Probes) -> Float[np.ndarray, "layer ranking unit"]:
+    def scores(self, evidence: Evidence) -> Scores:
         """Return uniform scores in [0, 1)."""
-        shape = (activations.n_layers, 1 + len(activations.labels), activations.width)
-        return np.random.default_rng(self.seed).random(shape)
+        shape = (evidence.activations.n_layers, evidence.n_rankings, evidence.activations.width)
+        return Scores(np.random.default_rng(self.seed).random(shape))

@@ -1,13 +1,12 @@
 """Rankings by the weights of the linear probe."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from synapse.probe.probe import Probes
-from synapse.ranking.base import RankingMethod
-from synapse.types import Activations
+from synapse.ranking.base import Evidence, Need, RankingMethod, Scores, with_global
 
 
 @dataclass(frozen=True)
@@ -15,18 +14,22 @@ class LinearWeight(RankingMethod):
     """Absolute weight of the probe on standardised inputs; global is the mean over the classes.
 
     Source: Antverg and Belinkov (2022), arXiv 2110.07483. On standardised inputs |w| is the raw weight times the
-    neuron's deviation, so that columns of unequal scale compare.
+    neuron's deviation, so that columns of unequal scale compare. The penalty leaves no freedom to shift the weights
+    of all classes alike, which the softmax does not see.
     """
+
+    needs: ClassVar[tuple[Need, ...]] = ("probes",)
 
     @property
     def name(self) -> str:
         """The method's name in tables."""
         return "linear"
 
-    def scores(self, activations: Activations, probes: Probes) -> Float[np.ndarray, "layer ranking unit"]:
-        """Return |w| of each class, and their mean."""
-        weights = _magnitudes(probes)
-        return np.concatenate([weights.mean(axis=1, keepdims=True), weights], axis=1)
+    def scores(self, evidence: Evidence) -> Scores:
+        """Return |w| of each class, and their mean; a class's w has a sign, a mean of magnitudes has none."""
+        weights = evidence.probe_weights
+        overall = np.abs(weights).mean(axis=1)
+        return Scores(with_global(np.abs(weights), overall), with_global(weights, overall))
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,19 @@ class CumulativeMass(RankingMethod):
     The score is 1 - e(j), in [0, 1]. Ties (each class's own first neuron) go to the larger share of the mass.
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("probes",)
+
     @property
     def name(self) -> str:
         """The method's name in tables."""
         return "cumulative-mass"
 
-    def scores(self, activations: Activations, probes: Probes) -> Float[np.ndarray, "layer ranking unit"]:
+    def scores(self, evidence: Evidence) -> Scores:
         """Return 1 - mass before the neuron, for each class, and the largest of these over the classes."""
-        weights = _magnitudes(probes)
-        before, share = _mass_before(weights)
-        overall = 1 - before.min(axis=1, keepdims=True)
+        before, share = _mass_before(np.abs(evidence.probe_weights))
         # Far below any difference of masses; it only decides between neurons that enter at the same mass.
-        overall = overall + 1e-9 * share.max(axis=1, keepdims=True)
-        return np.concatenate([overall, 1 - before], axis=1)
+        overall = 1 - before.min(axis=1) + 1e-9 * share.max(axis=1)
+        return Scores(with_global(1 - before, overall))
 
 
 def _mass_before(
@@ -68,8 +71,3 @@ def _mass_before(
     np.put_along_axis(before, order, np.cumsum(ordered, axis=2) - ordered, axis=2)
     # A neuron without weight is needed by no class: it enters when all mass is covered, whatever was rounded.
     return np.where(share > 0, np.clip(before, 0, 1), 1.0), share
-
-
-def _magnitudes(probes: Probes) -> Float[np.ndarray, "layer label unit"]:
-    magnitudes: Float[np.ndarray, "layer label unit"] = np.abs(np.stack([probe.weights for probe in probes.probes]))
-    return magnitudes
