@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,10 @@ from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
 import synapse.study
 from synapse.errors import RestoreError, RunFolderError, SettingsError, SplitError
+from synapse.ranking import METHODS, RankingMethod, Scores
+from synapse.ranking.weights import LinearWeight
+from synapse.report import summary_lines
+from synapse.report.run import open_run
 from synapse.settings import make_settings, read_settings
 from synapse.study import forecast, run_study
 
@@ -31,7 +36,7 @@ def planted_run(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_promises(planted_run):
     names = {str(path.relative_to(planted_run)) for path in planted_run.rglob("*") if path.parent.name != "logits.zarr"}
-    tables = {f"tables/{name}.parquet" for name in ("probe", "ranking", "sweep", "attack")}
+    tables = {f"tables/{name}.parquet" for name in ("probe", "ranking", "agreement", "sweep", "attack")}
     assert {"manifest.json", "scorecard.json", "report.html", "logits.zarr", *tables} <= names
     manifest = json.loads((planted_run / "manifest.json").read_text())
     assert manifest["status"] == "complete"
@@ -55,6 +60,46 @@ def test_the_planted_neurons_come_first_by_every_method(planted_run):
     assert set(first["method"]) == {"cumulative-mass", "linear", "probeless"}
     assert set(first[first["label"] == "b"]["unit"]) == {B_UNIT}
     assert set(first[first["label"] == "c"]["unit"]) == {C_UNIT}
+
+
+@dataclass(frozen=True)
+class Reversed(RankingMethod):
+    """The opposite of what the weights of the probe say."""
+
+    needs = ("probes",)
+
+    @property
+    def name(self):
+        return "reversed"
+
+    def scores(self, evidence):
+        return Scores(-LinearWeight().scores(evidence).values)
+
+
+def test_a_study_says_which_of_its_rankings_is_faithful(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "reversed", Reversed())
+    run = study(tmp_path / "run", methods=("reversed", "linear", "random"), kinds=("zero",))
+    card = json.loads((run / "scorecard.json").read_text())
+    best = card["faithfulness"]["best_overall"]["all"]
+    assert (best["method"], best["second"]) == ("linear", "reversed")
+    assert best["lead"]["low"] > 0
+    assert set(card["faithfulness"]["quality"]["all"]["0"]) == {"linear", "reversed"}
+    assert card["faithfulness"]["overall"]["all"]["reversed"]["high"] < 0
+    # everything else is still about the first ranking, which was swept in full
+    sweep = pd.read_parquet(run / "tables" / "sweep.parquet")
+    assert set(sweep.loc[sweep["selection"] == "bottom", "method"]) == {"reversed"}
+    assert open_run(run).method == "reversed"
+    agreement = pd.read_parquet(run / "tables" / "agreement.parquet")
+    pairs = agreement[(agreement["method"] == "reversed") & (agreement["other"] == "linear")]
+    assert pairs["tau"].tolist() == pytest.approx([-1] * 8)  # two layers, all classes and each of three
+    line = next(line for line in summary_lines(run) if "the most faithful" in line)
+    assert line.startswith("Of 2 rankings linear is the most faithful: removing the units that it ranks highest costs")
+
+
+def test_a_study_of_one_method_judges_none_beside_it(tmp_path):
+    run = study(tmp_path / "run", methods=("linear", "random"), kinds=("zero",))
+    assert json.loads((run / "scorecard.json").read_text())["faithfulness"]["quality"] == {}
+    assert not [line for line in summary_lines(run) if "faithful" in line]
 
 
 def test_ablating_a_class_own_neurons_takes_that_class_and_no_other(planted_run):

@@ -1,13 +1,17 @@
 """Record the readout state of every layer for every example."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from itertools import chain
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from synapse.data.examples import Examples
-from synapse.errors import ModelError
+from synapse.errors import ModelError, SettingsError
 from synapse.model.classifier import Classifier
 from synapse.model.resume import clean_pass
 from synapse.types import Activations, Component, Progress, silent
@@ -74,6 +78,72 @@ def record_components(
         )
         for component, part in taken.items()
     }
+
+
+def record_untrained(
+    classifier: Classifier,
+    examples: Examples,
+    *,
+    component: Component = "residual",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Activations:
+    """Return what `record` would, had the classifier learned nothing: the control of what training put into a state.
+
+    The model is of the same architecture with random weights, drawn by the architecture's own initialiser where it is
+    of the model library. Weights that no initialiser changes are permuted, each tensor within itself, which keeps their
+    distribution. The given classifier is left as it is. Its anatomy is taken over, not proved again.
+
+    The logits are those of the random model: give probes the gold labels, or the given classifier's predictions.
+
+    Raises:
+        SettingsError: a block holds quantised weights only, which cannot be drawn anew; or as `record`.
+        LabelError, ModelError: as `record`.
+
+    *Source*: Zhang & Bowman (BlackboxNLP 2018), arXiv 1809.10040.
+    """
+    for name, block in zip(classifier.anatomy.blocks, classifier.blocks, strict=True):
+        if not any(weight.ndim >= 2 and weight.is_floating_point() for weight in block.parameters()):
+            raise SettingsError(
+                f"The block {name!r} holds quantised weights, or none, so it cannot be given random ones; load the "
+                "model as it was before quantisation."
+            )
+    untrained = Classifier(
+        reinitialised(classifier.module, seed).to(classifier.device),
+        classifier.preprocess,
+        classifier.labels,
+        classifier.anatomy,
+        name=f"{classifier.name}, untrained",
+        device=classifier.device,
+        longest_sample=classifier.longest_sample,
+        notes=classifier.notes,
+    )
+    untrained.max_tokens = classifier.max_tokens
+    return record(untrained, examples, component=component, progress=progress)
+
+
+def reinitialised(module: nn.Module, seed: int) -> nn.Module:
+    """Return a copy of a module, on the CPU, with random weights, as `record_untrained` says."""
+    fresh = deepcopy(module).cpu()
+    for part in chain(fresh.modules(), fresh.parameters(), fresh.buffers()):
+        # The model library marks what it has loaded, and leaves that alone.
+        vars(part).pop("_is_hf_initialized", None)
+    learned = dict(module.named_parameters())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for part in _library_models(fresh):
+            part.init_weights()
+        for name, weight in fresh.named_parameters():
+            if torch.equal(weight, learned[name].cpu()):
+                weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+    return fresh
+
+
+def _library_models(module: nn.Module) -> list[PreTrainedModel]:
+    """Return the outermost models of the model library: each initialises all that is in it."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _library_models(child)]
 
 
 class _Taken:

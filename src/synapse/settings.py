@@ -55,7 +55,8 @@ class Settings(pydantic.BaseModel):
     train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
     examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
     methods: tuple[str, ...] = pydantic.Field(
-        ("cumulative-mass", "linear", "probeless", "random"), description="ranking methods; the first is swept"
+        ("cumulative-mass", "linear", "probeless", "random"),
+        description="ranking methods; the first is swept in full, the others to judge them beside it",
     )
     sites: tuple[Component, ...] = pydantic.Field(
         ("residual",), description="components of the layers that are studied; the report begins with the first"
@@ -128,6 +129,11 @@ class Settings(pydantic.BaseModel):
     def findings(self) -> dict[str, Any]:
         """Return what is said by hand about the model's anatomy."""
         return {name: getattr(self, name) for name in ("blocks", "readout", "mlp", "attention", "final")}
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The methods that are swept beside the first one; random sets are swept anyway."""
+        return tuple(method for method in self.methods[1:] if method != "random")
 
     def grid(self) -> Grid:
         """Return the sweep's grid."""

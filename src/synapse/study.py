@@ -22,6 +22,7 @@ from synapse.attack.logits import shift_attacks
 from synapse.attack.noise import noise_attack, noise_cost
 from synapse.data.examples import Examples, sample_examples, shared_inputs
 from synapse.errors import RestoreError, SplitError
+from synapse.measure.agreement import agreement_table
 from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
 from synapse.measure.scorecard import component_figures, scorecard, sweep_table
@@ -70,7 +71,8 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     clean = clean_pass(classifier, first, reuse="residual")
     costs = []
     for component in settings.sites:
-        cells = plan(_any_ranking(classifier, component), settings.grid(), seed=settings.seed)
+        ranking, *rivals = [_any_ranking(classifier, component, i) for i in range(1 + len(settings.rivals))]
+        cells = plan(ranking, settings.grid(), rivals=rivals, seed=settings.seed)
         costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component, clean)))
     cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
     noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
@@ -134,11 +136,13 @@ def run_study(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
     outcome = joined([part.outcome for part in parts])
+    ranking_table = pd.concat([part.ranking_table for part in parts], ignore_index=True)
     tables = timer.stage(
         "measure",
         lambda _: {
             "probe": pd.concat([part.probe_table for part in parts], ignore_index=True),
-            "ranking": pd.concat([part.ranking_table for part in parts], ignore_index=True),
+            "ranking": ranking_table,
+            "agreement": agreement_table(ranking_table),
             "sweep": sweep_table(outcome),
             "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=seed),
         },
@@ -199,6 +203,7 @@ def _studied(
     probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed))
     evaluations = timer.stage(f"controls{name}", lambda _: _evaluated(probes, recorded, train, test, seed))
     rankings = timer.stage(f"rank{name}", lambda _: _rankings(recorded.train, probes, settings))
+    rivals = [ranking for ranking in rankings if ranking.method in settings.rivals]
     outcome = timer.stage(
         f"sweep{name}",
         lambda step: sweep(
@@ -206,7 +211,7 @@ def _studied(
             swept,
             rankings[0],
             reference=recorded.train,
-            cells=plan(rankings[0], settings.grid(), seed=seed),
+            cells=plan(rankings[0], settings.grid(), rivals=rivals, seed=seed),
             engine=settings.engine,
             precision=settings.precision,
             autocast=settings.autocast,
@@ -328,10 +333,10 @@ def _sample(examples: Examples, classifier: Classifier, asked: Amount, seed: int
     return sample_examples(examples.targets(classifier.labels), _amount(asked, len(examples)), seed=seed)
 
 
-def _any_ranking(classifier: Classifier, component: Component) -> Ranking:
+def _any_ranking(classifier: Classifier, component: Component, seed: int) -> Ranking:
     """Return a ranking of the right shape: what a plan costs does not depend on the order."""
     sites = classifier.sites(component)
-    scores = np.random.default_rng(0).random((len(sites), 1 + len(classifier.labels), sites[0].width))
+    scores = np.random.default_rng(seed).random((len(sites), 1 + len(classifier.labels), sites[0].width))
     return Ranking(RandomOrder().name, scores, classifier.labels, source="", component=component)
 
 

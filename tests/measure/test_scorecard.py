@@ -77,6 +77,7 @@ def test_the_scorecard_has_every_section_and_is_strict_json(study):
         "clean": {"accuracy", "macro_f1", "chance", "recall"},
         "probe": {"accuracy"},
         "stability": {*("headroom", "resupply", "commitment_depth", "area", "ordering_quality", "flip_rate", "kl")},
+        "faithfulness": {"quality", "best", "overall", "best_overall"},
         "redundancy": {"removable", "sufficient"},
         "specialisation": {"overlap", "overlap_chance", "recall_drop", "specificity", "asymmetry"},
         "vulnerability": {"logit_shift", "head_edit", "head_edit_random", "weight_noise"},
@@ -88,6 +89,20 @@ def test_the_scorecard_has_every_section_and_is_strict_json(study):
 def test_the_same_seed_gives_the_same_scorecard(study):
     assert scorecard_of(**study, seed=3) == scorecard_of(**study, seed=3)
     assert scorecard_of(**study, seed=3) != scorecard_of(**study, seed=4)
+
+
+def test_the_scorecard_names_the_best_of_several_rankings(study):
+    sweep = study["sweep"]
+    columns = ["kind", "strength", "scope", "layer", "method", "label", "selection", "draw", "fraction"]
+    cells = [cell([1] * 2 + [0] * 8 + [1] * 10, scope="all", fraction=0.5, method="linear")]
+    cells += [
+        row | {"predicted": logits.argmax(axis=1).tolist()}
+        for row, logits in zip(sweep.cells[columns].to_dict("records"), sweep.logits, strict=True)
+    ]
+    card = json.loads(json.dumps(scorecard_of(**study | {"sweep": make_sweep(cells, TARGETS)}), allow_nan=False))
+    best = card["faithfulness"]["best"]["all"]["0"]
+    assert (best["method"], best["second"], best["lead"]["unit"]) == ("cumulative-mass", "linear", "share of headroom")
+    assert set(card["faithfulness"]["quality"]["all"]["0"]) == {"linear", "cumulative-mass"}
 
 
 def test_clean_figures_agree_with_scikit_learn(study):

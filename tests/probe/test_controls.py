@@ -1,18 +1,29 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from planted_activations import LABELS, planted
 from scipy.io import wavfile
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, adjusted_rand_score, f1_score
+from sklearn.preprocessing import StandardScaler
 
 from synapse.data.examples import Examples
 from synapse.data.reading import read_examples
 from synapse.errors import DataError, SettingsError, SplitError
-from synapse.probe.controls import control_targets, evaluate_probes, input_types
+from synapse.measure.probes import probe_rows
+from synapse.probe.controls import (
+    compare_with_control,
+    control_targets,
+    evaluate_probes,
+    input_types,
+    refit_on,
+    shuffled_targets,
+)
 from synapse.probe.probe import fit_probes, refit_probes
-from synapse.types import Activations
+from synapse.types import Activations, Neurons
 
 TOPICS = (
     "the pitch and the striker scored a late goal",
@@ -341,3 +352,135 @@ def test_activations_of_another_classifier_are_refused():
         f"The activations have 2 layers and the labels ('x', 'y', 'z'), the probes 2 and {LABELS}: "
         "give activations of the same classifier."
     )
+
+
+def test_shuffled_targets_keep_their_number_and_lose_their_place():
+    targets = np.repeat([0, 1, 2], [70, 20, 10])
+
+    shuffled = shuffled_targets(targets, seed=1)
+
+    np.testing.assert_array_equal(np.sort(shuffled), targets)
+    np.testing.assert_array_equal(shuffled, shuffled_targets(targets, seed=1))
+    assert (shuffled != shuffled_targets(targets, seed=2)).any()
+    # Two labels agree by chance as often as 0.7^2 + 0.2^2 + 0.1^2 = 0.54
+    assert np.mean(shuffled == targets) < 0.7
+
+
+def of_layers(*units):
+    return [Neurons(layer, chosen) for layer, chosen in enumerate(units)]
+
+
+def test_a_refit_sees_only_the_units_that_it_was_given():
+    train, test = planted(), planted(90, seed=1, source="test")
+    probes = fit_probes(train)
+
+    sparse = refit_on(probes, train, of_layers((0, 1), (3, 5)))
+
+    theirs = LogisticRegression(C=1 / (150 * 0.01), tol=1e-9, max_iter=10_000)
+    scaler = StandardScaler().fit(train.values[1][:, [3, 5]].astype(np.float64))
+    theirs.fit(scaler.transform(train.values[1][:, [3, 5]].astype(np.float64)), train.targets)
+    ridge = refit_on(fit_probes(train, penalties=(0.01,), l1_ratio=0.0), train, of_layers((0, 1), (3, 5)))
+    expected = theirs.decision_function(scaler.transform(test.values[1][:, [3, 5]].astype(np.float64)))
+    np.testing.assert_allclose(ridge[1].predict_logits(test.values[1]), expected, atol=1e-4)
+    assert set(np.flatnonzero(np.abs(ridge[1].weights).sum(axis=0)).tolist()) == {3, 5}
+    assert [probe.penalty for probe in sparse.probes] == [probe.penalty for probe in probes.probes]
+    moved = test.values[1] + 1e6 * (~np.isin(np.arange(8), (3, 5)))
+    np.testing.assert_array_equal(sparse[1].predict(moved), sparse[1].predict(test.values[1]))
+    assert train.values[0].any(axis=0).all()  # the activations are as they were
+
+
+def test_a_refit_on_no_unit_says_the_commonest_label():
+    train = planted(100)  # 34 of a, 33 of b and of c
+    sparse = refit_on(fit_probes(train), train, of_layers((), (3,)))
+    assert set(sparse[0].predict(train.values[0]).tolist()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"),
+    [
+        (of_layers((0,)), "Units of residual 0 were given: give one set for each of the layers 0 to 1 of residual, in"),
+        ([], "Units of no layer were given: give one set for each of the layers 0 to 1 of residual, in order."),
+        ([Neurons(0, (1,), "mlp"), Neurons(1, (1,), "mlp")], "Units of mlp 0, mlp 1 were given: give one set for "),
+        (of_layers((0,), (1, 8)), "Layer 1 has no unit 8: its units are 0 to 7."),
+        (of_layers((-1,), (1,)), "Layer 0 has no unit -1: its units are 0 to 7."),
+    ],
+)
+def test_units_that_are_not_there_are_refused(neurons, message):
+    train = planted()
+    with pytest.raises(SettingsError) as caught:
+        refit_on(fit_probes(train, penalties=(0.1,)), train, neurons)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_units_of_a_ranking_are_laid_beside_random_ones():
+    train, test = planted(), planted(90, seed=1, source="test")
+    probes, random = fit_probes(train), np.random.default_rng(0)
+    top = refit_on(probes, train, of_layers((0,), (3,)))
+    others = [refit_on(probes, train, of_layers((0,), (int(random.choice([0, 1, 2, 4, 5])),))) for _ in range(4)]
+
+    noise, clear = compare_with_control("random-units", top, test, others)
+
+    said = [draw[1].predict(test.values[1]) == test.targets for draw in others]
+    outcomes = clear.outcomes()
+    np.testing.assert_allclose(outcomes["random-units_accuracy"], np.mean(said, axis=0))
+    assert outcomes["random-units_selectivity"].mean() == pytest.approx(
+        accuracy_score(test.targets, top[1].predict(test.values[1])) - np.mean(said)
+    )
+    assert clear.outcomes()["random-units_selectivity"].mean() > 0.4
+    assert (noise.layer, clear.layer, clear.control) == (0, 1, "random-units")
+
+
+def test_shuffled_labels_are_worth_a_guess_and_selectivity_has_a_paired_interval():
+    train, test = planted(300), planted(300, seed=1, source="test")
+    probes = fit_probes(train)
+    draws = [refit_probes(probes, train, shuffled_targets(train.targets, seed=seed)) for seed in range(3)]
+    truth = np.stack([shuffled_targets(test.targets, seed=seed) for seed in range(3)])
+
+    clear = compare_with_control("shuffled", probes, test, draws, control_targets=truth)[1]
+    rows = probe_rows(
+        layer=1,
+        n_layers=2,
+        outcomes=clear.outcomes(),
+        predictions=probes[1].predict(test.values[1]),
+        targets=test.targets,
+        n_labels=3,
+        settings={},
+        seed=0,
+    )
+
+    assert clear.control_correct.mean() == pytest.approx(1 / 3, abs=0.08)
+    selectivity = next(row for row in rows if row["measure"] == "shuffled_selectivity")
+    values = clear.outcomes()["shuffled_selectivity"]
+    normal = 1.96 * values.std() / np.sqrt(300)  # of the differences: paired by example
+    assert selectivity["value"] == pytest.approx(values.mean())
+    assert selectivity["high"] - selectivity["low"] == pytest.approx(2 * normal, rel=0.15)
+
+
+def test_a_control_may_read_other_activations_of_the_same_examples():
+    train, test = planted(), planted(90, seed=1, source="test")
+    noise = {"values": train.values[[0, 0]]}, {"values": test.values[[0, 0]]}
+    untrained_train, untrained_test = (replace(part, **new) for part, new in zip((train, test), noise, strict=True))
+
+    clear = compare_with_control(
+        "untrained", fit_probes(train), test, [fit_probes(untrained_train)], control_activations=untrained_test
+    )[1]
+
+    assert clear.correct.mean() > 0.95
+    assert clear.control_correct.mean() < 0.5
+
+
+def test_controls_that_do_not_fit_are_refused():
+    train, test = planted(), planted(90, seed=1, source="test")
+    probes = fit_probes(train, penalties=(0.1,))
+
+    with pytest.raises(SettingsError) as caught:
+        compare_with_control("shuffled", probes, test, [])
+    assert str(caught.value) == "No probes of the control 'shuffled' were given: give at least one draw."
+    with pytest.raises(DataError) as refused:
+        compare_with_control("untrained", probes, test, [probes], control_activations=planted(90, source="else"))
+    assert str(refused.value) == (
+        "The activations of the control 'untrained' are of other examples than those of the probes: "
+        "record the same examples."
+    )
+    with pytest.raises(SplitError, match=r"^The probes are to be evaluated on the examples that they were fitted on"):
+        compare_with_control("shuffled", probes, train, [probes])

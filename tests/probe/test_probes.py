@@ -165,6 +165,10 @@ def test_examples_whose_labels_are_all_different_cannot_choose_a_penalty():
         ({"penalties": (0.1, -1.0)}, "The penalty is -1.0: give a number above 0, for example 0.01."),
         ({"holdout": 1.0}, "holdout is 1.0: give a share between 0 and 1, for example 0.2."),
         ({"l1_ratio": -0.1}, "l1_ratio is -0.1: give a share between 0 (ridge) and 1 (lasso)."),
+        ({"rule": "first"}, "The rule is 'first': give one of 'best', 'one-standard-error'."),
+        ({"class_weight": "equal"}, "class_weight is 'equal': give None or 'balanced'."),
+        ({"folds": 1}, "1 folds were asked for: give 2 or more, and no more than there are examples."),
+        ({"solver": "newtn"}, "There is no solver 'newtn': give one of 'newton', 'first-order', 'sklearn'."),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -172,3 +176,74 @@ def test_options_out_of_range_are_refused(options, message):
         fit_probes(planted(), **options)
 
     assert str(caught.value) == message
+
+
+def overlapping(n=300, seed=0):
+    """Two layers whose classes overlap, class c three times as rare as the others."""
+    random = np.random.default_rng(seed)
+    targets = random.choice(3, size=n, p=[3 / 7, 3 / 7, 1 / 7])
+    values = random.normal(size=(2, n, 8)).astype(np.float32)
+    values[1] += random.normal(size=(3, 8))[targets]
+    return replace(planted(n, seed=seed), values=values.astype(np.float32), targets=targets)
+
+
+def test_balanced_probes_are_the_balanced_regression_of_scikit_learn():
+    train = overlapping()
+    z = StandardScaler().fit_transform(train.values[1].astype(np.float64))
+    # All example weights times N / sum(weights) is what scikit-learn calls balanced, so C stays 1 / (N penalty).
+    theirs = LogisticRegression(C=1 / (300 * 0.01), tol=1e-9, max_iter=10_000, class_weight="balanced")
+    theirs.fit(z, train.targets)
+
+    ours = fit_probes(train, penalties=(0.01,), l1_ratio=0.0, class_weight="balanced")[1]
+
+    np.testing.assert_allclose(ours.weights, theirs.coef_, atol=1e-4)
+
+
+def test_folds_choose_the_penalty_that_scikit_learn_finds_best_over_the_same_parts():
+    train, penalties = overlapping(), (0.3, 0.1, 0.03, 0.01, 0.001)
+    z = StandardScaler().fit_transform(train.values[1].astype(np.float64))
+    parts = module._held_out(train.targets, 0.2, 5, 0)
+    correct = []
+    for penalty in penalties:
+        hits = 0
+        for part in parts:
+            rest = np.setdiff1d(np.arange(300), part)
+            theirs = LogisticRegression(C=1 / (len(rest) * penalty), tol=1e-8, max_iter=10_000)
+            hits += int((theirs.fit(z[rest], train.targets[rest]).predict(z[part]) == train.targets[part]).sum())
+        correct.append(hits)
+
+    chosen = fit_probes(train, penalties=penalties, l1_ratio=0.0, folds=5)[1].penalty
+
+    assert correct[penalties.index(chosen)] >= max(correct) - 1  # a tie broken by the last digit of a logit
+    assert sorted(np.concatenate(parts).tolist()) == list(range(300))
+    for c in range(3):
+        counts = [int((train.targets[part] == c).sum()) for part in parts]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_rule_of_one_standard_error_takes_a_penalty_at_least_as_strong():
+    train = overlapping()
+    best = fit_probes(train, folds=5)[1]
+    sparse = fit_probes(train, folds=5, rule="one-standard-error")[1]
+    noise = fit_probes(train, folds=5, rule="one-standard-error")[0]  # nothing to read: all penalties are alike
+
+    assert sparse.penalty >= best.penalty
+    assert noise.penalty == max(module.PENALTIES)
+
+
+def test_a_joint_probe_is_one_regression_on_the_neurons_of_all_layers():
+    train = overlapping()
+    side_by_side = np.concatenate(list(train.values), axis=1).astype(np.float64)
+    scaler = StandardScaler().fit(side_by_side)
+    theirs = LogisticRegression(C=1 / (300 * 0.01), tol=1e-9, max_iter=10_000)
+    theirs.fit(scaler.transform(side_by_side), train.targets)
+
+    joint = module.fit_joint_probes(train, penalties=(0.01,), l1_ratio=0.0)
+
+    weights = np.concatenate([probe.weights for probe in joint.probes], axis=1)
+    np.testing.assert_allclose(weights, theirs.coef_, atol=1e-4)
+    logits = joint.predict_logits(train.values)
+    assert logits.shape == (1, 300, 3)
+    np.testing.assert_allclose(logits[0], theirs.decision_function(scaler.transform(side_by_side)), atol=1e-3)
+    with pytest.raises(SettingsError, match="A joint probe cannot be fitted again layer by layer"):
+        refit_probes(joint, train)

@@ -4,8 +4,9 @@ import sklearn
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from synapse.errors import SettingsError
-from synapse.probe.solver import solve, solve_path
+from synapse.errors import DataError, SettingsError
+from synapse.probe import solver as solver_module
+from synapse.probe.solver import solve, solve_path, solve_resamples
 
 
 def overlapping_classes(n=240, d=12, c=3, seed=0):
@@ -129,7 +130,7 @@ def test_a_label_without_examples_has_weight_zero_and_probability_zero():
 
     assert not solution.weights[[1, 3]].any()
     assert np.isneginf(solution.intercept[[1, 3]]).all()
-    np.testing.assert_array_equal(solution.weights[[0, 2]], present.weights)
+    np.testing.assert_allclose(solution.weights[[0, 2]], present.weights, atol=1e-12)
 
 
 def test_too_few_iterations_are_not_called_converged():
@@ -180,3 +181,81 @@ def test_a_problem_without_an_optimum_is_refused(options, message):
         solve(x, y, n_labels=3, **options)
 
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-4])
+def test_no_objective_is_lower_than_the_gap_allows(l1_ratio, tolerance):
+    x, y = overlapping_classes(n=150, d=20, c=4)
+
+    rough = solve(x, y, n_labels=4, penalty=0.01, l1_ratio=l1_ratio, tolerance=tolerance)
+    theirs = scikit_learn(x, y, 0.01, l1_ratio)
+
+    lowest = objective(x, y, theirs.coef_, theirs.intercept_, 0.01, l1_ratio)
+    assert rough.objective - lowest <= rough.gap + 1e-9
+    assert rough.gap < 1e3 * tolerance  # a bound that says something
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("solver", "tolerance"), [("first-order", 1e-7), ("sklearn", 1e-3)])
+@pytest.mark.parametrize("labels", [2, 3])  # with an even number above two, a pure lasso has many optima
+def test_all_solvers_find_the_same_optimum(solver, tolerance, l1_ratio, labels):
+    x, y = overlapping_classes(n=200, d=15, c=labels)
+
+    newton = solve(x, y, n_labels=labels, penalty=0.01, l1_ratio=l1_ratio)
+    other = solve(x, y, n_labels=labels, penalty=0.01, l1_ratio=l1_ratio, solver=solver, tolerance=tolerance)
+
+    assert newton.converged
+    assert other.converged
+    assert other.objective == pytest.approx(newton.objective, abs=10 * tolerance)
+    if l1_ratio < 1:
+        np.testing.assert_allclose(other.weights, newton.weights, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5])
+def test_an_example_of_weight_two_stands_twice(l1_ratio):
+    x, y = overlapping_classes()
+    weights = np.where(np.arange(len(y)) % 5 == 0, 2.0, 1.0)
+    twice = np.repeat(np.arange(len(y)), weights.astype(int))
+
+    weighted = solve(x, y, n_labels=3, penalty=0.01, l1_ratio=l1_ratio, example_weights=weights)
+    repeated = solve(x[twice], y[twice], n_labels=3, penalty=0.01, l1_ratio=l1_ratio)
+
+    np.testing.assert_allclose(weighted.weights, repeated.weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
+def test_resamples_solved_together_are_those_solved_alone(l1_ratio, monkeypatch):
+    x, y = overlapping_classes(n=120, d=30, c=4)
+    counts = np.random.default_rng(0).multinomial(len(y), np.full(len(y), 1 / len(y)), size=7)
+    counts[6, y == 3] = 0  # a resample that lost a label
+    whole = solve(x, y, n_labels=4, penalty=0.02, l1_ratio=l1_ratio)
+    monkeypatch.setattr(solver_module, "_BATCH_NUMBERS", 3 * 4 * len(y))  # batches of three
+
+    together = solve_resamples(x, y, counts, n_labels=4, penalty=0.02, l1_ratio=l1_ratio, start=whole)
+
+    for draw, found in zip(counts, together, strict=True):
+        chosen = np.repeat(np.arange(len(y)), draw)
+        alone = solve(x[chosen], y[chosen], n_labels=4, penalty=0.02, l1_ratio=l1_ratio)
+        assert found.converged
+        assert found.objective == pytest.approx(alone.objective, rel=1e-9)
+        if l1_ratio < 1:  # a pure lasso of four labels has many optima
+            np.testing.assert_allclose(found.weights, alone.weights, atol=1e-5)
+    assert np.isneginf(together[6].intercept[3])
+
+
+def test_a_large_working_set_goes_to_the_first_order_solver(monkeypatch):
+    x, y = overlapping_classes(n=200, d=40)
+    expected = solve(x, y, n_labels=3, penalty=0.001)
+    monkeypatch.setattr(solver_module, "LARGEST_MODEL", 10)
+
+    found = solve(x, y, n_labels=3, penalty=0.001)
+
+    assert found.converged
+    np.testing.assert_allclose(found.weights, expected.weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [np.nan, 1.0, 1.0]])
+def test_example_weights_that_mean_nothing_are_refused(weights):
+    with pytest.raises(DataError, match="Example weights are negative, not finite or all 0"):
+        solve(np.eye(3), np.array([0, 1, 2]), n_labels=3, penalty=0.1, example_weights=np.array(weights))

@@ -130,6 +130,39 @@ def test_a_ranking_is_judged_against_random_units(run_folder: Path, quality: flo
     assert verdict in summary_lines(run_folder)[2]
 
 
+TWO = ("cumulative-mass", "probeless")
+
+
+def test_the_most_faithful_of_several_rankings_is_named_with_its_lead(tmp_path: Path) -> None:
+    sentence = summary_lines(build_run(tmp_path / "run", methods=TWO))[3]
+
+    assert sentence == (
+        "Of 2 rankings probeless is the most faithful: removing the units that it ranks highest costs more of what "
+        "there is to lose than removing random ones, by 0.23 [0.18, 0.28], n = 200 (all rows, this block; mean over "
+        "the blocks where there is something to lose); the next, cumulative-mass, costs less by 0.10 [0.05, 0.15], "
+        "n = 200."
+    )
+
+
+def test_a_ranking_that_leads_by_nothing_sure_is_not_called_better_than_the_next(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=TWO)
+    change_json(run / "scorecard.json", ["faithfulness", "best_overall", "all", "lead"], figure(0.02))
+
+    sentence = summary_lines(run)[3]
+
+    assert "it cannot be told from cumulative-mass, the next (lead 0.02 [−0.02, 0.06], n = 200)." in sentence
+
+
+def test_where_the_best_ranking_is_no_better_than_chance_none_is_called_faithful(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=TWO)
+    change_json(run / "scorecard.json", ["faithfulness", "overall", "all", "probeless"], figure(0.01))
+
+    sentence = summary_lines(run)[3]
+
+    assert sentence.startswith("None of 2 rankings can be told from a random order: removing the units that the best, ")
+    assert "does not beyond doubt cost more of what there is to lose" in sentence
+
+
 def test_the_redirect_that_is_named_is_the_smallest_one(run_folder: Path) -> None:
     keys = ["vulnerability", "head_edit", "d50", "spam", "ham"]
     change_json(run_folder / "scorecard.json", keys, figure(0.003, 0.001))
@@ -137,11 +170,14 @@ def test_the_redirect_that_is_named_is_the_smallest_one(run_folder: Path) -> Non
     assert "turns half of “spam” into “ham” is 0.003 of the norm of its weights" in summary_lines(run_folder)[4]
 
 
-@pytest.mark.parametrize("section", ["clean", "stability", "redundancy", "specialisation", "vulnerability"])
-def test_a_missing_section_costs_its_sentences_only(run_folder: Path, section: str) -> None:
-    change_json(run_folder / "scorecard.json", [section], ...)
+@pytest.mark.parametrize(
+    "section", ["clean", "stability", "faithfulness", "redundancy", "specialisation", "vulnerability"]
+)
+def test_a_missing_section_costs_its_sentences_only(tmp_path: Path, section: str) -> None:
+    run = build_run(tmp_path / "run", methods=TWO)
+    change_json(run / "scorecard.json", [section], ...)
 
-    assert 3 <= len(summary_lines(run_folder)) <= 5
+    assert 4 <= len(summary_lines(run)) <= 6
 
 
 def test_an_unused_place_never_becomes_a_key_number(run_folder: Path) -> None:

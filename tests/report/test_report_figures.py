@@ -103,6 +103,58 @@ def test_class_drops_are_shown_where_used_and_greyed_where_not(run_folder: Path)
     assert panel.figures[0, 0].layout.annotations[0].text == "not used here"
 
 
+THREE = ("cumulative-mass", "probeless", "linear")
+
+
+def test_rankings_are_drawn_by_their_quality_at_each_block_and_random_sets_as_a_level(tmp_path: Path) -> None:
+    run = open_run(build_run(tmp_path / "run", methods=THREE))
+
+    panel = figures.faithfulness(run)
+
+    (first,), (second,), (third,) = (traces(panel.shown, method) for method in THREE)
+    assert (first.y, second.y, third.y) == ((0.2, 0.1, 0.1), (0.1, 0.3, 0.3), (-0.2, -0.2, -0.2))
+    assert first.error_y.array == pytest.approx([0.05, 0.05, 0.05])
+    assert panel.shown is not None
+    assert [shape.name for shape in panel.shown.layout.shapes] == ["random sets"]
+    assert "all rows, this block" in panel.caption
+
+
+def test_one_ranking_alone_and_blocks_without_anything_to_lose_have_no_faithfulness(tmp_path: Path) -> None:
+    alone = open_run(build_run(tmp_path / "alone"))
+    idle = build_run(tmp_path / "idle", methods=THREE)
+    unused = {"value": None, "low": None, "high": None, "n": 9, "unit": "", "note": "not used here"}
+    faithfulness = {"quality": {"all": {"0": dict.fromkeys(THREE, unused)}}, "best": {}, "overall": {}}
+    change_json(idle / "scorecard.json", ["faithfulness"], faithfulness)
+
+    assert figures.faithfulness(alone).missing.startswith("No two rankings were judged beside each other.")
+    assert figures.faithfulness(open_run(idle)).missing.startswith("No block has anything to lose.")
+    assert figures.agreement(alone).missing.startswith("The run folder has no table of the agreement between rankings.")
+
+
+def test_agreement_is_a_map_of_every_pair_with_what_chance_gives_in_brackets(tmp_path: Path) -> None:
+    run = open_run(build_run(tmp_path / "run", methods=THREE))
+
+    panel = figures.agreement(run)
+
+    (tau,), (sure,), (by_chance,) = (panel.figures[place].data for place in ((0, 2), (2, 0), (2, 2)))
+    assert tau.z[0] == pytest.approx([None, 0.1, 0.1])
+    assert tau.z[2][0] == tau.z[0][2]
+    assert (sure.text[0][1], by_chance.text[0][1]) == ("0.20", "(0.20)")  # adjusted p of 0.04 and 0.08
+    assert "by chance 0.05, adjusted p 0.08" in by_chance.customdata[1][0]
+    assert panel.choices[1].options[panel.choices[1].chosen] == "block 2"
+
+
+def test_a_pair_without_an_order_is_left_blank(tmp_path: Path) -> None:
+    path = build_run(tmp_path / "run", methods=THREE)
+    table = pd.read_parquet(path / "tables" / "agreement.parquet")
+    table.loc[:, ["tau", "rbo", "jaccard", "p", "p_adjusted"]] = float("nan")
+    table.to_parquet(path / "tables" / "agreement.parquet")
+
+    (cells,) = figures.agreement(open_run(path)).figures[2, 0].data
+
+    assert (cells.z[0][1], cells.text[0][1]) == (None, "")
+
+
 def test_searched_and_random_redirects_stand_side_by_side(run_folder: Path) -> None:
     shown = figures.redirect(open_run(run_folder)).shown
 
@@ -137,29 +189,39 @@ def test_class_names_are_escaped_in_every_figure(run_folder: Path) -> None:
             assert "<script" not in drawn.to_json()
 
 
-@pytest.mark.parametrize("section", ["clean", "probe", "stability", "redundancy", "specialisation", "vulnerability"])
-def test_a_missing_section_of_the_scorecard_breaks_no_figure(run_folder: Path, section: str) -> None:
-    change_json(run_folder / "scorecard.json", [section], ...)
+@pytest.mark.parametrize(
+    "section", ["clean", "probe", "stability", "faithfulness", "redundancy", "specialisation", "vulnerability"]
+)
+def test_a_missing_section_of_the_scorecard_breaks_no_figure(tmp_path: Path, section: str) -> None:
+    run = build_run(tmp_path / "run", methods=THREE)
+    change_json(run / "scorecard.json", [section], ...)
 
-    panels = figures.panels(open_run(run_folder))
+    panels = figures.panels(open_run(run))
 
     assert all(bool(panel.figures) != bool(panel.missing) for panel in panels)
 
 
 @pytest.mark.parametrize(
-    ("table", "lost"), [("sweep", {"ablation", "heat"}), ("attack", {"shift", "noise"}), ("ranking", set())]
+    ("table", "lost"),
+    [
+        ("sweep", {"ablation", "heat"}),
+        ("attack", {"shift", "noise"}),
+        ("agreement", {"agreement"}),
+        ("ranking", set()),
+    ],
 )
-def test_a_missing_table_costs_its_figures_only(run_folder: Path, table: str, lost: set[str]) -> None:
-    (run_folder / "tables" / f"{table}.parquet").unlink()
+def test_a_missing_table_costs_its_figures_only(tmp_path: Path, table: str, lost: set[str]) -> None:
+    run = build_run(tmp_path / "run", methods=THREE)
+    (run / "tables" / f"{table}.parquet").unlink()
 
-    panels = figures.panels(open_run(run_folder))
+    panels = figures.panels(open_run(run))
 
     assert {panel.key for panel in panels if panel.missing} == lost
 
 
 def test_seven_classes_and_twelve_blocks_fit(tmp_path: Path) -> None:
     labels = [f"class {i} with quite a long name" for i in range(7)]
-    run = open_run(build_run(tmp_path / "run", n_layers=12, labels=labels))
+    run = open_run(build_run(tmp_path / "run", n_layers=12, labels=labels, methods=THREE))
 
     titles = [note.text for note in figures.ablation(run).figures[0, 0].layout.annotations]
 
@@ -196,12 +258,13 @@ def test_every_component_and_readout_has_all_figures_and_names_no_rows_that_it_h
 ) -> None:
     shape = {component: (1 if component == "pooler" else 2, 32)}
     scopes = ("readout", "readout-onward", "all")
-    run = open_run(build_run(tmp_path / "run", components=shape, scopes=scopes, model={"readout": readout}))
+    path = build_run(tmp_path / "run", components=shape, scopes=scopes, methods=THREE, model={"readout": readout})
+    run = open_run(path)
 
     panels = {panel.key: panel for panel in figures.panels(run)}
 
     assert not [panel.key for panel in panels.values() if panel.missing]
-    said = " ".join(panels[key].caption for key in ("headroom", "ablation", "heat", "probe"))
+    said = " ".join(panels[key].caption for key in ("headroom", "ablation", "heat", "faithfulness", "probe"))
     one_row = readout in ("first", "last") and component != "pooler"
     assert ("readout row " in said or "readout row," in said) == one_row
     assert ("block" in said) == (component != "pooler")

@@ -7,7 +7,7 @@ from fabricated_run import as_before_components, build_run, change_json
 
 from synapse.report import write_report
 from synapse.report.figures import headroom
-from synapse.report.html import figures_json, top_units, unbroken
+from synapse.report.html import figures_json, judged_rankings, top_units, unbroken
 from synapse.report.run import open_run
 
 
@@ -240,7 +240,7 @@ def test_every_figure_has_a_caption_and_every_missing_one_a_sentence(run_folder:
     page = Page(write_report(run_folder))
 
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("figure") == 10  # nine panels and the table of units
+    assert tags.count("figure") == 12  # eleven panels and the table of units
     assert tags.count("figcaption") == 8
     assert page.text.count("The run folder has no sweep table with ranked units. This figure is left out.") == 2
 
@@ -261,6 +261,48 @@ def test_an_empty_scorecard_still_makes_a_page(run_folder: Path) -> None:
 
     assert "The scorecard holds no figures to make sentences of." in text
     assert "The run folder has no ranking table. This table is left out." in text
+
+
+def test_a_table_says_which_of_several_rankings_is_best_at_each_block_and_over_all(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=("cumulative-mass", "probeless"))
+
+    rows = judged_rankings(open_run(run))
+    text = words_of(write_report(run))
+
+    assert [row.place for row in rows] == ["mean of all blocks", "block 0", "block 1", "block 2"]
+    assert [row.best for row in rows] == [1, 0, 1, 1]
+    assert rows[1].qualities == ("0.20 [0.15, 0.25]", "0.10 [0.05, 0.15]")
+    assert rows[1].lead == "0.10 [0.05, 0.15], n = 200 before probeless"
+    assert "Which ranking is best here block cumulative-mass probeless the best leads by mean of all blocks" in text
+    assert "The first ranking was then swept in full, and the others at a few sizes" in text
+
+
+def test_two_rankings_that_cannot_be_told_apart_are_said_to_be_so(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=("cumulative-mass", "probeless"))
+    change_json(run / "scorecard.json", ["faithfulness", "best", "all", "2", "lead", "low"], -0.01)
+
+    last = judged_rankings(open_run(run))[-1]
+
+    assert last.lead == "0.20 [−0.01, 0.25], n = 200 before cumulative-mass, not told apart"
+
+
+def test_a_block_without_anything_to_lose_says_so_in_the_table(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=("cumulative-mass", "probeless"))
+    unused = {"value": None, "low": None, "high": None, "n": 9, "unit": "", "note": "not used here"}
+    qualities = dict.fromkeys(("cumulative-mass", "probeless"), unused)
+    change_json(run / "scorecard.json", ["faithfulness", "quality", "all", "0"], qualities)
+    change_json(run / "scorecard.json", ["faithfulness", "best", "all", "0"], ...)
+
+    first = judged_rankings(open_run(run))[1]
+
+    assert (first.qualities, first.best, first.lead) == (("not used here",) * 2, None, "–")
+
+
+def test_one_ranking_alone_has_no_table_of_the_best(run_folder: Path) -> None:
+    assert judged_rankings(open_run(run_folder)) == []
+    text = words_of(write_report(run_folder))
+    assert "Which ranking is best" not in text
+    assert "The first ranking was then judged in the live model" in text
 
 
 def test_top_units_are_the_first_ten_of_each_ranking(run_folder: Path) -> None:

@@ -22,6 +22,18 @@ def test_a_finished_run_opens_with_its_figures_and_tables(run_folder: Path) -> N
     assert run.clean_margin == pytest.approx(4.0)  # top logits 2, 4, 4, 6 against 0
 
 
+def test_the_ranking_that_was_swept_in_full_is_the_one_that_is_judged(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=("linear", "cumulative-mass"))
+    path = run / "tables" / "sweep.parquet"
+    table = pd.read_parquet(path)
+    is_rival = table["method"] == "cumulative-mass"
+    table[~is_rival | ((table["scope"] == "all") & (table["selection"] == "top"))].to_parquet(path)
+
+    opened = open_run(run)
+
+    assert (opened.method, opened.swept_methods, opened.judged_scope) == ("linear", ("linear",), "all")
+
+
 def test_a_figure_that_was_not_measured_is_none_and_an_unused_one_keeps_its_note(run_folder: Path) -> None:
     run = open_run(run_folder)
 

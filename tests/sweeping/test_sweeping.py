@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from planted import B_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
+from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples, random_classifier, random_examples
 
 from synapse.errors import ModelError, SettingsError, SplitError
+from synapse.measure.faithfulness import faithfulness
 from synapse.ranking.base import Ranking
 from synapse.recording import record
 from synapse.sweeping import KINDS, Cell, Grid, Kind, Reach, cost_of, plan, sweep
@@ -118,6 +121,70 @@ def test_sizes_that_come_to_the_same_number_of_neurons_are_swept_once_under_thei
     # of 16 units: 1 and 5 % are one unit, 95 to 99 % fifteen or all
     assert [len(c.neurons) for c in top] == [1, 2, 4, 8, 12, 14, 15, 16]
     assert all(c.fraction == len(c.neurons) / 16 for c in cells)
+
+
+def one_kind(cells):
+    return [c for c in cells if c.kind == Kind("zero") and c.selection != "bottom" and c.label == ""]
+
+
+def test_rivals_are_swept_at_a_few_sizes_of_the_random_sets_in_all_rows_of_every_layer():
+    ranking = some_ranking(random_classifier())  # 32 units
+    rival = replace(ranking, method="rival", scores=-ranking.scores)
+    cells = plan(ranking, Grid(), rivals=[rival], seed=1)
+    assert cells[: -3 * 6] == plan(ranking, Grid(), seed=1)
+    added = cells[-3 * 6 :]
+    assert {(c.scope, c.kind.name, c.selection, c.label, c.method) for c in added} == {
+        ("all", "zero", "top", "", "rival")
+    }
+    for layer in range(3):
+        at = {len(c.neurons): c.neurons for c in added if c.neurons.layer == layer}
+        assert list(at) == [3, 8, 16, 24, 29, 31]  # 10, 25, 50, 75, 90 and 98 % of 32
+        random = {len(c.neurons) for c in one_kind(cells) if c.selection == "random" and c.neurons.layer == layer}
+        assert set(at) <= random
+        assert at[3] == ranking.bottom(3, layer=layer)
+
+
+def test_rivals_take_the_sizes_and_the_scope_that_a_small_grid_has():
+    ranking = some_ranking(planted_classifier())  # 16 units
+    rival = replace(ranking, method="rival")
+    small = Grid(scopes=("readout",), fractions=(0.2, 0.6, 1.0))
+    added = [c for c in plan(ranking, small, rivals=[rival]) if c.method == "rival"]
+    assert [(c.neurons.layer, len(c.neurons), c.scope) for c in added] == [
+        (layer, size, "readout") for layer in (0, 1) for size in (3, 10)
+    ]
+    everything = Grid(fractions=(1.0,))
+    assert plan(ranking, everything, rivals=[rival]) == plan(ranking, everything)
+
+
+def test_three_rivals_cost_little_beside_the_first_ranking():
+    classifier = random_classifier()
+    ranking = some_ranking(classifier)
+    rng = np.random.default_rng(1)
+    rivals = [replace(ranking, method=f"rival {i}", scores=rng.random(ranking.scores.shape)) for i in range(3)]
+    reach = Reach.of(classifier, "residual")
+    alone = cost_of(plan(ranking, Grid()), 64, reach)
+    beside = cost_of(plan(ranking, Grid(), rivals=rivals), 64, reach)
+    assert 1.05 < beside.runs / alone.runs < 1.2
+
+
+def test_in_the_live_model_the_right_ranking_is_best_and_the_reversed_one_worse_than_chance():
+    classifier, examples = planted_classifier(), planted_examples(60, seed=1)
+    ranking = some_ranking(classifier)
+    scores = 0.01 * ranking.scores
+    scores[:, :, [B_UNIT, C_UNIT]] += 1
+    right, reverse = (replace(ranking, method=name, scores=s) for name, s in (("right", scores), ("reverse", -scores)))
+    cells = plan(reverse, Grid(kinds=(Kind("zero"),)), rivals=[ranking, right], seed=1)
+    reference = record(classifier, planted_examples(20, seed=2))
+    found = faithfulness(sweep(classifier, examples, reverse, reference=reference, cells=cells))
+    for best in (found.best_overall["all"], *found.best["all"].values()):
+        assert (best.method, best.second) == ("right", "made-up")
+        assert best.lead.low > 0
+    overall = found.overall["all"]
+    assert overall["right"].low > 0
+    assert overall["reverse"].high < 0
+    # of 16 units the right order loses all there is to lose with the first 2, the reversed one half of it with 15
+    areas = 1 - 0.5 * 2 / 16, 0.25 * 1 / 16 + 0.75 * 1 / 16
+    assert overall["right"].value - overall["reverse"].value == pytest.approx(areas[0] - areas[1])
 
 
 def test_noise_depends_on_the_seed():

@@ -1,5 +1,21 @@
 """Arrays in, numbers out: what the logits of a study say, with intervals. Nothing here needs the model."""
 
+from synapse.measure.agreement import agreement_table as agreement_table
+from synapse.measure.agreement import kendall as kendall
+from synapse.measure.agreement import kuncheva as kuncheva
+from synapse.measure.agreement import nogueira as nogueira
+from synapse.measure.agreement import rank_biased_overlap as rank_biased_overlap
+from synapse.measure.agreement import spearman as spearman
+from synapse.measure.agreement import weighted_tau as weighted_tau
+from synapse.measure.calibration import Calibration as Calibration
+from synapse.measure.calibration import brier_scores as brier_scores
+from synapse.measure.calibration import calibration as calibration
+from synapse.measure.calibration import class_table as class_table
+from synapse.measure.calibration import expected_calibration_error as expected_calibration_error
+from synapse.measure.calibration import probabilities as probabilities
+from synapse.measure.calibration import reliability as reliability
+from synapse.measure.faithfulness import Faithfulness as Faithfulness
+from synapse.measure.faithfulness import faithfulness as faithfulness
 from synapse.measure.intervals import Resamples as Resamples
 from synapse.measure.intervals import benjamini_hochberg as benjamini_hochberg
 from synapse.measure.intervals import bracketed as bracketed

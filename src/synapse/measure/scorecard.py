@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from synapse.measure.faithfulness import faithfulness
 from synapse.measure.intervals import clopper_pearson, macro_f1_figure, paired_score, rate, tabled
 from synapse.measure.outcomes import confusion, kl, outcomes_of, predictions
 from synapse.measure.redundancy import redundancy
@@ -55,7 +56,7 @@ def component_figures(
 ) -> dict[str, Any]:
     """Return the figures of one component, measured on the examples of its sweep and of the tables given.
 
-    Tables have the columns of docs/run-folder.md. `method` is the ranking that was swept.
+    Tables have the columns of docs/run-folder.md. `method` is the ranking that was swept in full.
 
     Raises
     ------
@@ -65,6 +66,7 @@ def component_figures(
     return {
         "probe": _plain(probe_figures(probe_table)),
         "stability": _plain(stability(sweep, method=method, seed=seed)),
+        "faithfulness": _plain(faithfulness(sweep, seed=seed)),
         "redundancy": _plain(redundancy(sweep, method=method, seed=seed)),
         "specialisation": _plain(specialisation(sweep, ranking_table, method=method, seed=seed)),
     }
@@ -104,7 +106,9 @@ def probe_figures(probe_table: pd.DataFrame) -> dict[str, dict[int, Figure]]:
 
 
 def _plain(figures: Any) -> Any:
-    """Nested figures as nested dictionaries with string keys."""
+    """Nested figures as nested dictionaries with string keys; a name stays as it is."""
+    if isinstance(figures, str):
+        return figures
     if isinstance(figures, Figure):
         return figures.to_dict()
     if is_dataclass(figures):

@@ -6,9 +6,9 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Real
-from scipy import stats
+from jaxtyping import Float
 
+from synapse.measure.agreement import TOP_SHARE, chance_jaccard, jaccard
 from synapse.measure.intervals import ALPHA, Resamples, changes, figure, resample, unseen
 from synapse.measure.outcomes import Outcomes, outcomes_of
 from synapse.measure.stability import (
@@ -26,9 +26,6 @@ from synapse.types import GLOBAL, Figure, Sweep
 
 ONE_RANKING = "the classes share one ranking"
 """Why nothing can be said of classes whose neurons are ranked alike, as two classes with mirrored weights are."""
-
-TOP_SHARE = 0.1
-"""Share of the width that counts as a class's own units."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,10 @@ def class_overlap(
             continue
         shared = [len(a & b) for a, b in combinations(sets, 2)]
         note = "of the rankings as given, not resampled"
-        value = float(_jaccard(np.array(shared), k).mean())
+        value = float(jaccard(np.array(shared), k).mean())
         overlap[int(layer)] = Figure(value, None, None, len(shared), "Jaccard", note)
         chance[int(layer)] = _chance(k, width, len(shared), seed)
     return overlap, chance
-
-
-def _jaccard(shared: Real[np.ndarray, "*sets"], k: int) -> Float[np.ndarray, "*sets"]:
-    """|A & B| / |A or B| of two sets of k units that share some."""
-    return np.asarray(shared / (2 * k - shared))
 
 
 def _chance(k: int, width: int, n_pairs: int, seed: int) -> Figure:
@@ -139,11 +131,9 @@ def _chance(k: int, width: int, n_pairs: int, seed: int) -> Figure:
     Pairs of random sets are independent two by two even where they share a set, so drawing them one by one
     has the right variance.
     """
-    shared = stats.hypergeom(width, k, k)
-    expected = float(shared.expect(lambda x: _jaccard(x, k)))
     drawn = np.random.default_rng(seed).hypergeometric(k, width - k, k, size=(1000, n_pairs))
-    low, high = np.quantile(_jaccard(drawn, k).mean(axis=1), (ALPHA / 2, 1 - ALPHA / 2))
-    return Figure(expected, float(low), float(high), n_pairs, "Jaccard")
+    low, high = np.quantile(jaccard(drawn, k).mean(axis=1), (ALPHA / 2, 1 - ALPHA / 2))
+    return Figure(chance_jaccard(k, width), float(low), float(high), n_pairs, "Jaccard")
 
 
 def _class_cells(cells: pd.DataFrame) -> pd.DataFrame:

@@ -6,8 +6,9 @@ where the headroom may be zero: later blocks then read the answer again from els
 re-supply, not redundancy. Such figures are null and say `not used here`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeVar
 
 import numpy as np
@@ -149,6 +150,12 @@ def inner_cells(cells: pd.DataFrame, selection: Selection, method: str) -> pd.Da
     return cells[chosen if selection == "random" else chosen & (cells["method"] == method)]
 
 
+def on_shared_points(curves: Sequence[Curve]) -> list[Curve]:
+    """Return curves of one place with only the points that all of them have."""
+    shared = reduce(np.intersect1d, [curve.fractions for curve in curves])
+    return [curve.at(shared) for curve in curves]
+
+
 @dataclass(frozen=True)
 class Stability:
     """Figures of damage by scope and layer; what a sweep lacks is absent.
@@ -249,7 +256,7 @@ def _ordering_quality(top: Curve, random: Curve, resamples: Resamples, used: boo
     if not used:
         return not_used(n, unit)
     # On the points that both have: trapezoids of unequal grids differ even where the curves do not.
-    top, random = top.at(random.fractions), random.at(top.fractions)
+    top, random = on_shared_points([top, random])
     difference = top.area(resamples) - random.area(resamples)
     return figure(difference, n=n, unit=unit, span=2 / top.headroom)
 

@@ -8,9 +8,20 @@ and test; its accuracy is what the probe can learn by heart, and
 
 Types must recur: whole inputs are all different, and a random label for each says nothing about the test
 part. Here a type is a k-means cell of the inputs themselves, found without the model.
+
+Three more controls each take something else away, and selectivity against them is the same difference:
+
+| control | what is taken away | how |
+|---|---|---|
+| `shuffled` | what the labels have to do with the inputs | `shuffled_targets`; what is left is what guessing is worth |
+| `untrained` | what the model has learned | `synapse.recording.record_untrained` |
+| `random-units` | what the ranking knows | `refit_on` the top units of a ranking, and as many random ones |
+
+All of them are laid beside the probe by `compare_with_control`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -21,8 +32,8 @@ from threadpoolctl import threadpool_limits
 from synapse.data.examples import Examples
 from synapse.errors import DataError, SettingsError, SplitError
 from synapse.probe.places import input_places
-from synapse.probe.probe import Probes, probe_targets
-from synapse.types import Activations
+from synapse.probe.probe import Probes, probe_targets, refit_probes
+from synapse.types import Activations, Neurons
 
 TYPES = 50
 """Number of input types unless told otherwise."""
@@ -154,16 +165,7 @@ def evaluate_probes(
         SplitError: the probes were fitted on these very examples.
         DataError: labels or number of layers are not those of the probes.
     """
-    if activations.source == probes.source:
-        raise SplitError(
-            "The probes are to be evaluated on the examples that they were fitted on: "
-            "give activations of other examples."
-        )
-    if activations.labels != probes.labels or activations.n_layers != len(probes):
-        raise DataError(
-            f"The activations have {activations.n_layers} layers and the labels {activations.labels}, "
-            f"the probes {len(probes)} and {probes.labels}: give activations of the same classifier."
-        )
+    _check_evaluated(probes, activations)
     return tuple(
         ProbeEvaluation(
             layer=probe.layer,
@@ -178,3 +180,125 @@ def evaluate_probes(
         )
         for probe in probes.probes
     )
+
+
+def shuffled_targets(targets: Int[np.ndarray, "example"], *, seed: int = 0) -> Int[np.ndarray, "example"]:
+    """Return the targets in random order: every label as often as before, and on no example for a reason."""
+    return np.asarray(np.random.default_rng(seed).permutation(targets))
+
+
+def refit_on(
+    probes: Probes,
+    activations: Activations,
+    neurons: Sequence[Neurons],
+    targets: Int[np.ndarray, "example"] | None = None,
+) -> Probes:
+    """Return probes that see only some units of each layer, at the penalties of `probes`: a k-sparse refit.
+
+    `neurons` is one set for each layer, in order: `ranking.top(k, layer=l)`, or `ranking.random(k, layer=l, seed=s)` as
+    the control of that. The probes take states of the full width, and their weights on all other units are 0.
+
+    Raises:
+        SettingsError: the sets are not one for each layer of the component, or name units that are not there.
+        ConvergenceError, DataError: as `fit_probes`.
+
+    *Source*: Gurnee et al. (2023), arXiv 2305.01610.
+    """
+    layers, component, width = list(range(activations.n_layers)), activations.component, activations.width
+    if [chosen.layer for chosen in neurons] != layers or {chosen.component for chosen in neurons} != {component}:
+        seen = ", ".join(f"{chosen.component} {chosen.layer}" for chosen in neurons) or "no layer"
+        raise SettingsError(
+            f"Units of {seen} were given: give one set for each of the layers 0 to {layers[-1]} of {component}, in "
+            "order."
+        )
+    values = np.zeros_like(activations.values)
+    for chosen in neurons:
+        units = np.array(chosen.units, dtype=np.int64)
+        if ((units < 0) | (units >= width)).any():
+            raise SettingsError(f"Layer {chosen.layer} has no unit {units.max()}: its units are 0 to {width - 1}.")
+        values[chosen.layer][:, units] = activations.values[chosen.layer][:, units]
+    # To a probe, a unit that is constant is not there.
+    return refit_probes(probes, replace(activations, values=values), targets)
+
+
+@dataclass(frozen=True, eq=False)
+class ControlComparison:
+    """What the probe of one layer gets right, beside what a control gets right of the same test examples."""
+
+    control: str
+    layer: int
+    correct: Bool[np.ndarray, "example"]
+    control_correct: Float[np.ndarray, "example"]
+    """Share of the control's draws that are right, in [0, 1]."""
+
+    def outcomes(self) -> dict[str, Float[np.ndarray, "example"]]:
+        """Return the control's accuracy and the selectivity against it, as values to be averaged over examples.
+
+        Selectivity is the difference on the same example, in [-1, 1], so its interval is paired.
+        """
+        selectivity = self.correct.astype(np.float64) - self.control_correct
+        return {f"{self.control}_accuracy": self.control_correct, f"{self.control}_selectivity": selectivity}
+
+
+def compare_with_control(
+    control: str,
+    probes: Probes,
+    activations: Activations,
+    controls: Sequence[Probes],
+    *,
+    control_activations: Activations | None = None,
+    control_targets: Int[np.ndarray, "example"] | Int[np.ndarray, "draw example"] | None = None,
+) -> tuple[ControlComparison, ...]:
+    """Return for each layer what probes get right on test activations, beside one or more draws of a control.
+
+    `controls` are the control's probes, one a draw. `control_activations` is what they read, by default the same
+    `activations`; they must be of the same examples. `control_targets` is what they should say, for all draws or for
+    each, by default the probes' own targets.
+
+    Raises:
+        SplitError: probes were fitted on these very examples.
+        DataError: labels, number of layers or examples do not fit.
+        SettingsError: there is no draw.
+    """
+    if not controls:
+        raise SettingsError(f"No probes of the control {control!r} were given: give at least one draw.")
+    read = activations if control_activations is None else control_activations
+    if read.source != activations.source:
+        raise DataError(
+            f"The activations of the control {control!r} are of other examples than those of the probes: "
+            "record the same examples."
+        )
+    _check_evaluated(probes, activations)
+    for draw in controls:
+        _check_evaluated(draw, read)
+    targets = probe_targets(activations, probes.target)
+    truth = np.broadcast_to(targets if control_targets is None else control_targets, (len(controls), len(targets)))
+    return tuple(
+        ControlComparison(
+            control=control,
+            layer=probe.layer,
+            correct=np.asarray(probe.predict(activations.values[probe.layer]) == targets),
+            control_correct=np.mean(
+                [
+                    draw[probe.layer].predict(read.values[probe.layer]) == expected
+                    for draw, expected in zip(controls, truth, strict=True)
+                ],
+                axis=0,
+            ),
+        )
+        for probe in probes.probes
+    )
+
+
+def _check_evaluated(probes: Probes, activations: Activations) -> None:
+    """Refuse activations that the probes were fitted on, or that are of another classifier."""
+    if activations.source == probes.source:
+        raise SplitError(
+            "The probes are to be evaluated on the examples that they were fitted on: "
+            "give activations of other examples."
+        )
+    if activations.labels != probes.labels or activations.n_layers != len(probes):
+        raise DataError(
+            f"The activations have {activations.n_layers} layers and the labels {activations.labels}, "
+            f"the probes {len(probes)} and {probes.labels}: give activations of the same classifier."
+        )

@@ -1,33 +1,72 @@
 """Multinomial logistic regression with an elastic net, solved to a certificate of optimality.
 
-Over weights W (label, unit) and a free intercept b (label), with softmax probabilities p,
+Over weights W (label, unit) and a free intercept b (label), with softmax probabilities p and example weights v that add
+up to 1,
 
-    minimise  mean_n -log p(y_n | x_n)  +  penalty * (l1_ratio * |W|_1 + (1 - l1_ratio) / 2 * |W|_2^2),
+    minimise  sum_n v_n * -log p(y_n | x_n)  +  penalty * (l1_ratio * |W|_1 + (1 - l1_ratio) / 2 * |W|_2^2),
 
 the model of Friedman, Hastie & Tibshirani (J. Stat. Softw. 33, 2010, section 4). scikit-learn's `C` is
 `1 / (N * penalty)`. The columns of X should be standardised: the penalty treats them alike.
 
-Where there is an l1 part, W is split into W = P - M with P, M >= 0 (Schmidt, Fung & Rosales, ECML 2007): the
-objective becomes smooth, and the bounds give exact zeros. The bounded problem goes to L-BFGS-B (Byrd, Lu,
-Nocedal & Zhu, SIAM J. Sci. Comput. 16, 1995), in rounds: each round sees only the units that carry a weight
-or should, and between rounds all are looked at. What L-BFGS-B says of itself is not believed: the certificate
-is worked out afresh from W and b, over all units.
+How it is solved:
+
+- with an l1 part, by proximal Newton steps (Lee, Sun & Saunders, SIAM J. Optim. 24, 2014) on a *working set*, the
+  weights that are not 0 and the ones that should not be: the objective's second-order model there is a lasso of a few
+  hundred unknowns, which scikit-learn's coordinate descent solves. All problems of a batch (resamples) share the
+  products with X, and the model of the solution that they start from.
+- without one, by L-BFGS in the eigenvectors of X^T X, scaled so that all curvatures are alike: the l2 norm does not
+  mind the rotation.
+- where the working set is so large that its matrix would be dear, by L-BFGS-B (Byrd, Lu, Nocedal & Zhu, SIAM J. Sci.
+  Comput. 16, 1995) over W = P - M with P, M >= 0 (Schmidt, Fung & Rosales, ECML 2007).
+
+What any of them says of itself is not believed: the certificate is worked out afresh from W and b, over all units.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import count
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.linalg import solve_triangular
 from scipy.optimize import Bounds, minimize
+from sklearn import config_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, enet_path
+from torch import Tensor
 
-from synapse.errors import SettingsError
+from synapse.errors import DataError, SettingsError
+
+SOLVERS = ("newton", "first-order", "sklearn")
+"""`newton`, the default; `first-order`, L-BFGS-B, which `newton` itself turns to where working sets are large;
+`sklearn`, scikit-learn's saga: slow, and not ours."""
 
 TOLERANCE = 1e-7
 """Largest `gradient_norm` of a solution that counts as converged."""
 
-_MOST_ROUNDS = 50
+LARGEST_MODEL = 1500
+"""Weights in a working set up to which the second-order model is made."""
+
+_ENTERING = 30
+"""Weights that may enter the working set at a time; a third of what it has already, if that is more."""
+
+_MOST_STEPS = 60
+
+_GUESSES = 10
+"""Guesses of signs before coordinate descent finds them."""
+
+_KEPT_BELOW = 0.5
+"""Share to which a step must bring the gradient norm for the second-order model to be kept."""
+
+_SHORTEST_STEP = 1e-6
+
+_NEVER = -1e30
+"""Intercept of a label without examples: its probability is 0 in every digit, and all arithmetic stays finite."""
+
+_BATCH_NUMBERS = 20_000_000
+"""Numbers in the logits of a batch of problems, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +83,10 @@ class Solution:
     """Value of the objective, in nats."""
     gradient_norm: float
     """Largest coordinate of the distance from 0 to the subdifferential: 0 at the optimum, and only there."""
+    gap: float
+    """Duality gap, in nats: no weights whatever have an objective that is lower by more than this."""
     iterations: int
-    """Evaluations of the objective and its gradient."""
+    """Steps that it took: of Newton's method, or evaluations of the objective and its gradient."""
     converged: bool
     """Whether `gradient_norm` is within the tolerance."""
 
@@ -57,51 +98,83 @@ def solve(
     n_labels: int,
     penalty: float,
     l1_ratio: float = 0.5,
+    example_weights: Float[np.ndarray, "example"] | None = None,
     tolerance: float = TOLERANCE,
     max_iterations: int = 20_000,
     start: Solution | None = None,
+    solver: str = "newton",
+    device: str = "cpu",
 ) -> Solution:
     """Return the elastic-net solution for `targets` in `[0, n_labels)`, in float64.
 
-    `start`, a solution of a nearby problem, saves time. An unconverged solution is returned as such.
+    `example_weights` are scaled to add up to 1. `start`, a solution of a nearby problem, saves time. An unconverged
+    solution is returned as such.
 
     Raises:
-        SettingsError: `penalty` is not above 0 (separable data would have no optimum), or `l1_ratio` is
-            outside [0, 1].
+        SettingsError: `penalty` is not above 0 (separable data would have no optimum), `l1_ratio` is outside [0, 1],
+            or there is no such solver.
+        DataError: an example weight is negative or not finite, or all are 0.
     """
     check_penalty(penalty, l1_ratio)
-    present, classes = np.unique(targets, return_inverse=True)
-    weights, intercept = np.zeros((len(present), x.shape[1])), np.zeros(len(present))
-    if start is not None:
-        weights, intercept = start.weights[present], start.intercept[present]
-        intercept = np.where(np.isfinite(intercept), intercept, 0.0)
+    weights = np.ones((1, len(x))) if example_weights is None else example_weights[None]
+    problems = _Problems.of(x, targets, weights, n_labels, penalty, l1_ratio, device)
+    (solution,) = _solved(problems, _start_at(problems, start), tolerance, max_iterations, solver)
+    return solution
 
-    problem = _Problem(np.ascontiguousarray(x, dtype=np.float64), classes, penalty, l1_ratio)
-    iterations = 0
-    for rounds in count():
-        value, gradient, slope = problem.smooth(weights, intercept)
-        excess = problem.excess(weights, gradient)
-        norm = float(max(excess.max(initial=0.0), np.abs(slope).max()))
-        if norm <= tolerance or iterations >= max_iterations or rounds == _MOST_ROUNDS:
-            break
-        units = np.flatnonzero(((weights != 0.0) | (excess > 0.0)).any(axis=0))
-        part = replace(problem, x=np.ascontiguousarray(problem.x[:, units]))
-        # The first rounds find out which units matter; only the last needs to be exact.
-        weights[:, units], intercept, evaluations = part.descend(
-            weights[:, units], intercept, max(tolerance, 0.01 * norm), max_iterations - iterations
-        )
-        iterations += evaluations + 1
 
-    all_weights, all_intercepts = np.zeros((n_labels, x.shape[1])), np.full(n_labels, -np.inf)
-    all_weights[present], all_intercepts[present] = weights, intercept - intercept.mean()
-    return Solution(
-        weights=all_weights,
-        intercept=all_intercepts,
-        objective=value + problem.l1 * float(np.abs(weights).sum()),
-        gradient_norm=norm,
-        iterations=iterations,
-        converged=norm <= tolerance,
-    )
+def solve_path(
+    x: Float[np.ndarray, "example unit"],
+    targets: Int[np.ndarray, "example"],
+    *,
+    n_labels: int,
+    penalties: Iterable[float],
+    l1_ratio: float = 0.5,
+    example_weights: Float[np.ndarray, "example"] | None = None,
+    tolerance: float = TOLERANCE,
+    solver: str = "newton",
+    device: str = "cpu",
+) -> dict[float, Solution]:
+    """Return the solution of each penalty, from the strongest to the weakest, each started from the last."""
+    strongest_first = sorted(set(penalties), reverse=True)
+    for penalty in strongest_first:
+        check_penalty(penalty, l1_ratio)
+    path: dict[float, Solution] = {}
+    if not strongest_first:
+        return path
+    weights = np.ones((1, len(x))) if example_weights is None else example_weights[None]
+    problems = _Problems.of(x, targets, weights, n_labels, strongest_first[0], l1_ratio, device)
+    last = None
+    for penalty in strongest_first:
+        problems = problems.with_penalty(penalty, l1_ratio)
+        (last,) = _solved(problems, _start_at(problems, last), tolerance, 20_000, solver)
+        path[penalty] = last
+    return path
+
+
+def solve_resamples(
+    x: Float[np.ndarray, "example unit"],
+    targets: Int[np.ndarray, "example"],
+    counts: Int[np.ndarray, "resample example"],
+    *,
+    n_labels: int,
+    penalty: float,
+    l1_ratio: float = 0.5,
+    start: Solution | None = None,
+    tolerance: float = TOLERANCE,
+    device: str = "cpu",
+) -> list[Solution]:
+    """Return the solution for each resample, in which example n stands `counts[r, n]` times, all of them together.
+
+    `start` is best the solution on all examples. The columns of x keep the scale that they have on all examples.
+    """
+    check_penalty(penalty, l1_ratio)
+    together = max(1, _BATCH_NUMBERS // (n_labels * len(x)))
+    found: list[Solution] = []
+    for first in range(0, len(counts), together):
+        part = counts[first : first + together].astype(np.float64)
+        problems = _Problems.of(x, targets, part, n_labels, penalty, l1_ratio, device)
+        found += _solved(problems, _start_at(problems, start), tolerance, 20_000, "newton")
+    return found
 
 
 def check_penalty(penalty: float, l1_ratio: float) -> None:
@@ -112,113 +185,504 @@ def check_penalty(penalty: float, l1_ratio: float) -> None:
         raise SettingsError(f"l1_ratio is {l1_ratio}: give a share between 0 (ridge) and 1 (lasso).")
 
 
-def solve_path(
-    x: Float[np.ndarray, "example unit"],
-    targets: Int[np.ndarray, "example"],
-    *,
-    n_labels: int,
-    penalties: Iterable[float],
-    l1_ratio: float = 0.5,
-    tolerance: float = TOLERANCE,
-) -> dict[float, Solution]:
-    """Return the solution of each penalty, from the strongest to the weakest, each started from the last."""
-    path: dict[float, Solution] = {}
-    last = None
-    for penalty in sorted(set(penalties), reverse=True):
-        last = path[penalty] = solve(
-            x, targets, n_labels=n_labels, penalty=penalty, l1_ratio=l1_ratio, tolerance=tolerance, start=last
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Weights and intercepts of the problems of a batch."""
+
+    weights: Float[Tensor, "problem label unit"]
+    intercept: Float[Tensor, "problem label"]
+
+    def moved(self, other: "_Point", step: Float[Tensor, "problem"]) -> "_Point":
+        return _Point(
+            self.weights + step[:, None, None] * other.weights, self.intercept + step[:, None] * other.intercept
         )
-    return path
+
+    def take(self, chosen: Int[Tensor, "chosen"]) -> "_Point":
+        return _Point(self.weights[chosen], self.intercept[chosen])
 
 
 @dataclass(frozen=True, eq=False)
-class _Problem:
-    """The objective on one data set, every class of which has an example."""
+class _Slope:
+    """What is known of the objective at a point; the gradient is that of its smooth part."""
 
-    x: Float[np.ndarray, "example unit"]
-    classes: Int[np.ndarray, "example"]
-    penalty: float
-    l1_ratio: float
+    value: Float[Tensor, "problem"]
+    gradient: Float[Tensor, "problem label unit"]
+    intercept: Float[Tensor, "problem label"]
+    probabilities: Float[Tensor, "problem label example"]
 
-    @property
-    def l1(self) -> float:
-        return self.penalty * self.l1_ratio
+    def take(self, chosen: Int[Tensor, "chosen"]) -> "_Slope":
+        return _Slope(self.value[chosen], self.gradient[chosen], self.intercept[chosen], self.probabilities[chosen])
 
-    @property
-    def l2(self) -> float:
-        return self.penalty * (1.0 - self.l1_ratio)
 
-    def smooth(
-        self, weights: Float[np.ndarray, "label unit"], intercept: Float[np.ndarray, "label"]
-    ) -> tuple[float, Float[np.ndarray, "label unit"], Float[np.ndarray, "label"]]:
-        """Return cross-entropy plus the l2 part, with its gradient in weights and intercept."""
-        rows = np.arange(len(self.x))
-        logits = weights @ self.x.T + intercept[:, None]  # (label, example): softmax along contiguous rows
-        logits -= logits.max(axis=0)
-        chosen = logits[self.classes, rows]
-        residual = np.exp(logits, out=logits)
-        mass = residual.sum(axis=0)
-        value = float(np.mean(np.log(mass) - chosen)) + 0.5 * self.l2 * float(np.vdot(weights, weights))
-        residual /= mass
-        residual[self.classes, rows] -= 1.0
-        residual /= len(self.x)
-        return value, residual @ self.x + self.l2 * weights, residual.sum(axis=1)
+@dataclass(frozen=True, eq=False)
+class _Problems:
+    """Problems that differ in the weights of their examples and nothing else; `weight[r]` adds up to 1.
 
-    def excess(
-        self, weights: Float[np.ndarray, "label unit"], gradient: Float[np.ndarray, "label unit"]
-    ) -> Float[np.ndarray, "label unit"]:
-        """Return how far 0 is from the subdifferential in each weight, at least 0.
+    `x` stands transposed, so that a unit's values lie side by side.
+    """
 
-        The subgradient is `gradient + l1 * sign(w)`; at w = 0 what of `|gradient|` exceeds `l1` is left (the
-        pseudo-gradient of Andrew & Gao, ICML 2007).
-        """
-        at_zero = np.maximum(np.abs(gradient) - self.l1, 0.0)
-        elsewhere = np.abs(gradient + self.l1 * np.sign(weights))
-        return np.asarray(np.where(weights == 0.0, at_zero, elsewhere))
+    x: Float[Tensor, "unit example"]
+    target: Int[Tensor, "example"]
+    weight: Float[Tensor, "problem example"]
+    n_labels: int
+    l1: float
+    l2: float | Float[Tensor, "unit"]
 
-    def descend(
-        self,
-        weights: Float[np.ndarray, "label unit"],
-        intercept: Float[np.ndarray, "label"],
-        tolerance: float,
-        max_iterations: int,
-    ) -> tuple[Float[np.ndarray, "label unit"], Float[np.ndarray, "label"], int]:
-        """Return where L-BFGS-B comes to from this point, and the evaluations that it took."""
-        # Without an l1 part the split would only add a flat direction (P and M growing together).
-        signs = np.array([1.0, -1.0]) if self.l1 > 0.0 else np.array([1.0])
-        parts = np.multiply.outer(signs, weights)  # (sign, label, unit)
-        lower = np.full(parts.size + len(intercept), -np.inf)
-        if self.l1 > 0.0:
-            parts = np.maximum(parts, 0.0)
-            lower[: parts.size] = 0.0
-        shape, size = parts.shape, parts.size
-
-        def unpack(point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return np.tensordot(signs, point[:size].reshape(shape), axes=1), point[size:]
-
-        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient, slope = self.smooth(*unpack(point))
-            if self.l1 > 0.0:
-                value += self.l1 * float(point[:size].sum())
-            return value, np.concatenate([(np.multiply.outer(signs, gradient) + self.l1).ravel(), slope])
-
-        found = minimize(
-            evaluate,
-            np.concatenate([parts.ravel(), intercept]),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=Bounds(lower, np.inf),
-            options={
-                "maxcor": 20,
-                "ftol": 0.0,  # stop by the gradient, not when the objective changes little
-                "gtol": 0.5 * tolerance,
-                "maxiter": max_iterations,
-                "maxfun": max_iterations,
-            },
+    @classmethod
+    def of(
+        cls,
+        x: Float[np.ndarray, "example unit"],
+        targets: Int[np.ndarray, "example"],
+        example_weights: Float[np.ndarray, "problem example"],
+        n_labels: int,
+        penalty: float,
+        l1_ratio: float,
+        device: str,
+    ) -> "_Problems":
+        total = example_weights.sum(axis=1, keepdims=True)
+        if not np.isfinite(total).all() or (example_weights < 0).any() or (total <= 0).any():
+            raise DataError("Example weights are negative, not finite or all 0; numbers of 0 and more were expected.")
+        return cls(
+            torch.from_numpy(np.ascontiguousarray(x.T, dtype=np.float64)).to(device),
+            torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device),
+            torch.from_numpy(example_weights / total).to(device),
+            n_labels,
+            penalty * l1_ratio,
+            penalty * (1 - l1_ratio),
         )
-        weights, intercept = unpack(found.x)
-        if self.l1 > 0.0:
-            # L-BFGS-B also stops where a weight is within the tolerance of its bound: that weight is a zero.
-            gradient = self.smooth(weights, intercept)[1]
-            weights = np.where((np.abs(weights) <= tolerance) & (np.abs(gradient) < self.l1), 0.0, weights)
-        return weights, intercept, int(found.nfev)
+
+    def with_penalty(self, penalty: float, l1_ratio: float) -> "_Problems":
+        return replace(self, l1=penalty * l1_ratio, l2=penalty * (1 - l1_ratio))
+
+    def take(self, chosen: Int[Tensor, "chosen"]) -> "_Problems":
+        return replace(self, weight=self.weight[chosen])
+
+    def only(self, row: int) -> "_Problems":
+        return replace(self, weight=self.weight[[row]])
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def has_examples(self) -> Bool[Tensor, "problem label"]:
+        """Which labels a problem has examples of."""
+        counts = torch.zeros(len(self), self.n_labels, dtype=self.weight.dtype, device=self.x.device)
+        return counts.index_add_(1, self.target, self.weight) > 0
+
+    def slope(self, point: _Point) -> _Slope:
+        """Return the value of the objective and the gradient of its smooth part."""
+        n, n_labels, width = point.weights.shape
+        logits = (point.weights.reshape(-1, width) @ self.x).view(n, n_labels, -1)
+        logits += point.intercept[:, :, None]
+        logits -= logits.amax(dim=1, keepdim=True)
+        place = self.target.expand(n, 1, -1)
+        chosen = logits.gather(1, place)[:, 0]
+        probabilities = logits.exp_()
+        mass = probabilities.sum(dim=1)
+        value = ((mass.log() - chosen) * self.weight).sum(dim=1)
+        value += 0.5 * (self.l2 * point.weights.square()).sum(dim=(1, 2))
+        value += self.l1 * point.weights.abs().sum(dim=(1, 2))
+        probabilities /= mass[:, None]
+        residual = self._residual(probabilities)
+        gradient = (residual.reshape(n * n_labels, -1) @ self.x.T).view_as(point.weights) + self.l2 * point.weights
+        return _Slope(value, gradient, residual.sum(dim=2), probabilities)
+
+    def _residual(self, probabilities: Float[Tensor, "problem label example"]) -> Tensor:
+        residual = probabilities.clone()
+        one = residual.new_ones(()).expand(len(residual), 1, residual.shape[2])
+        residual.scatter_add_(1, self.target.expand(len(residual), 1, -1), -one)
+        residual *= self.weight[:, None]
+        return residual
+
+    def excess(self, point: _Point, slope: _Slope) -> Float[Tensor, "problem label unit"]:
+        """Return the subgradient of smallest norm in each weight.
+
+        It is `gradient + l1 * sign(w)`; at w = 0 what of `|gradient|` exceeds `l1` (the pseudo-gradient of Andrew &
+        Gao, ICML 2007).
+        """
+        at_zero = slope.gradient.sign() * (slope.gradient.abs() - self.l1).clamp(min=0)
+        return torch.where(point.weights == 0, at_zero, slope.gradient + self.l1 * point.weights.sign())
+
+    def norm(self, point: _Point, slope: _Slope) -> Float[Tensor, "problem"]:
+        """Return the largest coordinate of the distance from 0 to the subdifferential."""
+        return torch.maximum(self.excess(point, slope).abs().amax(dim=(1, 2)), slope.intercept.abs().amax(dim=1))
+
+    def gap(self, slope: _Slope) -> Float[Tensor, "problem"]:
+        """Return how far the objective is above the dual one, at the dual point that the probabilities give.
+
+        The dual asks for residuals that add up to 0 for every label. They nearly do; mixing the probabilities with
+        the labels' frequencies makes them. Without an l2 part it also bounds their products with the columns of x,
+        which are scaled down to it.
+        """
+        frequency = (
+            self.weight[:, None] * (self.target == torch.arange(self.n_labels, device=self.x.device)[:, None])
+        ).sum(2)
+        off = slope.intercept[:, :, None]
+        smallest = torch.where(frequency > 0, frequency, torch.inf).amin(dim=1)
+        share = (off.abs().amax(dim=(1, 2)) / smallest).clamp(max=1)[:, None, None]
+        dual = ((1 - share) * (slope.probabilities - off) + share * frequency[:, :, None]).clamp(min=0)
+        products = (self._residual(dual).reshape(-1, self.x.shape[1]) @ self.x.T).view_as(slope.gradient)
+        if self.l2 > 0:
+            conjugate = (products.abs() - self.l1).clamp(min=0).square().sum(dim=(1, 2)) / (2 * self.l2)
+        else:
+            scale = (self.l1 / products.abs().amax(dim=(1, 2))).clamp(max=1)[:, None, None]
+            dual = scale * dual
+            dual.scatter_add_(1, self.target.expand(len(dual), 1, -1), (1 - scale).expand(-1, 1, self.x.shape[1]))
+            conjugate = torch.zeros_like(slope.value)
+        entropy = -(torch.special.xlogy(dual, dual).sum(dim=1) * self.weight).sum(dim=1)
+        gap: Tensor = slope.value - (entropy - conjugate)
+        return gap.clamp(min=0)  # it is known no better than to the rounding errors of both
+
+
+def _start_at(problems: _Problems, start: Solution | None) -> _Point:
+    """Return where all problems begin: at a solution, or at 0."""
+    n, n_labels, width = len(problems), problems.n_labels, len(problems.x)
+    has_examples = problems.has_examples
+    weights, intercept = problems.x.new_zeros(n, n_labels, width), problems.x.new_zeros(n, n_labels)
+    if start is not None:
+        weights += torch.from_numpy(start.weights).to(weights)
+        intercept += torch.from_numpy(np.where(np.isfinite(start.intercept), start.intercept, 0.0)).to(weights)
+    weights = torch.where(has_examples[:, :, None], weights, 0.0)
+    return _Point(weights, torch.where(has_examples, intercept, _NEVER))
+
+
+def _solved(problems: _Problems, point: _Point, tolerance: float, max_iterations: int, solver: str) -> list[Solution]:
+    """Return the solutions of a batch of problems, with their certificates."""
+    if solver not in SOLVERS:
+        raise SettingsError(f"There is no solver {solver!r}: give one of {', '.join(map(repr, SOLVERS))}.")
+    if solver == "sklearn":
+        iterations = [_by_scikit_learn(problems, point, row, tolerance) for row in range(len(problems))]
+    elif problems.l1 == 0:
+        iterations = _without_l1(problems, point, tolerance, max_iterations)
+    elif solver == "first-order":
+        iterations = [_first_order(problems, point, row, tolerance, max_iterations) for row in range(len(problems))]
+    else:
+        iterations = _newton(problems, point, tolerance, max_iterations)
+    slope = problems.slope(point)
+    norms, gaps = problems.norm(point, slope).tolist(), problems.gap(slope).tolist()
+    has_examples = problems.has_examples.cpu().numpy()
+    solutions = []
+    for row, there in enumerate(has_examples):
+        intercept = point.intercept[row].cpu().numpy()
+        intercept = np.where(there, intercept - intercept[there].mean(), -np.inf)
+        weights = point.weights[row].cpu().numpy().copy()
+        solutions.append(
+            Solution(
+                weights,
+                intercept,
+                float(slope.value[row]),
+                norms[row],
+                gaps[row],
+                iterations[row],
+                norms[row] <= tolerance,
+            )
+        )
+    return solutions
+
+
+# --------------------------------------------------------------------------------------------------- with an l1 part
+
+
+def _newton(problems: _Problems, point: _Point, tolerance: float, max_iterations: int) -> list[int]:
+    """Move the points to the optimum by proximal Newton steps; return how many each took.
+
+    A model is kept as long as its steps do well, since making it costs more than several steps: resamples live on
+    that of the solution that they start from.
+    """
+    steps = [0] * len(problems)
+    running = torch.arange(len(problems), device=problems.x.device)
+    slope = problems.slope(point)
+    shared: _Model | None = None
+    own: dict[int, _Model] = {}
+    norm_before: dict[int, float] = {}
+    for _ in range(min(_MOST_STEPS, max_iterations)):
+        part, at = problems.take(running), point.take(running)
+        norms = part.norm(at, slope)
+        going_on = (norms > tolerance).nonzero()[:, 0]
+        if not len(going_on):
+            break
+        running, part, at, slope = running[going_on], part.take(going_on), at.take(going_on), slope.take(going_on)
+        excess, norms = part.excess(at, slope), norms[going_on]
+        active = _working_set(at, excess)
+        if int(active.any(dim=0).sum()) > LARGEST_MODEL:
+            for row in running.tolist():
+                steps[row] += _first_order(problems, point, row, tolerance, max_iterations)
+            break
+        direction = _Point(torch.zeros_like(at.weights), torch.zeros_like(at.intercept))
+        if shared is None:
+            often = active.double().mean(dim=0) >= 0.1
+            shared = _Model.of(part, slope.probabilities.mean(dim=0), part.weight.mean(dim=0), often)
+        for row, problem in enumerate(running.tolist()):
+            model = own.get(problem, shared)
+            norm = float(norms[row])
+            if norm > _KEPT_BELOW * norm_before.get(problem, np.inf):
+                model = own[problem] = _Model.of(part, slope.probabilities[row], part.weight[row], active[row])
+            norm_before[problem] = norm
+            model.step(part.l1, at, slope, direction, row, precision=1e-4 * min(1.0, norm))
+            steps[problem] += 1
+        slope = _line_search(part, point, running, at, slope, direction)
+    return steps
+
+
+def _working_set(point: _Point, excess: Float[Tensor, "problem label unit"]) -> Bool[Tensor, "problem label unit"]:
+    """Return the weights that are not 0, and of those that should not be the ones that should least."""
+    nonzero = point.weights != 0
+    should = torch.where(nonzero, 0.0, excess.abs()).flatten(1)
+    entering = max(_ENTERING, int(nonzero.sum(dim=(1, 2)).max()) // 3)
+    if entering < should.shape[1]:
+        least = should.topk(entering, dim=1).values[:, -1:]
+        should = torch.where(should >= least, should, 0.0)
+    return nonzero | (should > 0).view_as(nonzero)
+
+
+def _line_search(
+    problems: _Problems,
+    point: _Point,
+    running: Int[Tensor, "chosen"],
+    at: _Point,
+    slope: _Slope,
+    direction: _Point,
+) -> _Slope:
+    """Move the points of the running problems along a direction as far as the objective falls; return the slope there.
+
+    Steps are halved until the decrease is a part of what the gradient promises (Tseng & Yun, Math. Program. 117, 2009).
+    """
+    promised = (slope.gradient * direction.weights).sum(dim=(1, 2)) + (slope.intercept * direction.intercept).sum(dim=1)
+    promised += problems.l1 * ((at.weights + direction.weights).abs() - at.weights.abs()).sum(dim=(1, 2))
+    step = torch.ones_like(promised)
+    while True:
+        moved = at.moved(direction, step)
+        found = problems.slope(moved)
+        falls = found.value <= slope.value + 1e-3 * step * promised + 1e-14 * slope.value.abs()
+        falls |= step < _SHORTEST_STEP
+        if bool(falls.all()):
+            break
+        step = torch.where(falls, step, step / 2)
+    point.weights[running], point.intercept[running] = moved.weights, moved.intercept
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """The second-order model of the objective in the weights of a working set, the intercepts eliminated.
+
+    `curvature` is its matrix, `root` the Cholesky factor of that, and `from_weights` says how the intercepts follow.
+    """
+
+    label: Int[Tensor, "weight"]
+    unit: Int[Tensor, "weight"]
+    curvature: Float[np.ndarray, "weight weight"]
+    intercepts: Float[np.ndarray, "label label"]
+    from_weights: Float[np.ndarray, "label weight"]
+
+    @cached_property
+    def root(self) -> Float[np.ndarray, "weight weight"]:
+        return np.linalg.cholesky(self.curvature)
+
+    @classmethod
+    def of(
+        cls,
+        problems: _Problems,
+        probabilities: Float[Tensor, "label example"],
+        weight: Float[Tensor, "example"],
+        active: Bool[Tensor, "label unit"],
+    ) -> "_Model":
+        label, unit = active.nonzero(as_tuple=True)
+        n_labels = problems.n_labels
+        every = torch.arange(n_labels, device=label.device)
+        rows = torch.cat([problems.x[unit], torch.ones_like(problems.x[:1]).expand(n_labels, -1)])
+        labels = torch.cat([label, every])
+        # The Hessian of the cross-entropy: sum_n v_n (p_c [c = c'] - p_c p_c') x_j x_j'.
+        leaning = rows * probabilities[labels] * weight.sqrt()
+        matrix = -(leaning @ leaning.T)
+        for c in range(n_labels):
+            mine = (labels == c).nonzero()[:, 0]
+            matrix[mine[:, None], mine] += (rows[mine] * (probabilities[c] * weight)) @ rows[mine].T
+        full = matrix.cpu().numpy()
+        m = len(label)
+        # A shift of all intercepts changes nothing: without the last term there would be no inverse.
+        intercepts = np.linalg.inv(full[m:, m:] + 1e-8 * np.eye(n_labels))
+        from_weights = intercepts @ full[m:, :m]
+        curvature = full[:m, :m] - full[:m, m:] @ from_weights
+        curvature = (curvature + curvature.T) / 2
+        # Equal columns with no l2 part would make it singular.
+        curvature[np.diag_indices(m)] += problems.l2 + 1e-10 + 1e-9 * float(np.diag(curvature).max(initial=0.0))
+        return cls(label, unit, np.ascontiguousarray(curvature), intercepts, from_weights)
+
+    def step(self, l1: float, at: _Point, slope: _Slope, direction: _Point, row: int, *, precision: float) -> None:
+        """Write the direction to the model's minimum for one problem."""
+        weights = at.weights[row, self.label, self.unit].cpu().numpy()
+        gradient = slope.gradient[row, self.label, self.unit].cpu().numpy()
+        of_intercept = slope.intercept[row].cpu().numpy()
+        pull = self.curvature @ weights - (gradient - self.from_weights.T @ of_intercept)
+        found = self._on_its_face(weights, pull, l1)
+        change = (self._by_coordinates(weights, pull, l1, precision) if found is None else found) - weights
+        direction.weights[row, self.label, self.unit] = torch.from_numpy(change).to(at.weights)
+        shift = -self.intercepts @ of_intercept - self.from_weights @ change
+        direction.intercept[row] = torch.from_numpy(shift - shift.mean()).to(at.weights)
+
+    def _on_its_face(
+        self, weights: Float[np.ndarray, "weight"], pull: Float[np.ndarray, "weight"], l1: float
+    ) -> Float[np.ndarray, "weight"] | None:
+        """Return the minimum if a few guesses find which weights are 0 and the signs of the others, else None.
+
+        A guess gives a system of equations; what comes out with the wrong sign is 0 in the next one, and what should
+        not be 0 is not (the primal-dual active set of Hintermüller, Ito & Kunisch, SIAM J. Optim. 13, 2002).
+        """
+        signs = np.sign(weights)
+        for _ in range(_GUESSES):
+            face = np.flatnonzero(signs)
+            found = np.zeros_like(weights)
+            found[face] = np.linalg.solve(self.curvature[np.ix_(face, face)], pull[face] - l1 * signs[face])
+            left = pull - self.curvature[:, face] @ found[face]
+            at_zero = np.where(np.abs(left) > l1 * (1 + 1e-9), np.sign(left), 0.0)
+            better = np.where(signs != 0, np.where(found * signs > 0, signs, 0.0), at_zero)
+            if np.array_equal(better, signs):
+                return found
+            signs = better
+        return None
+
+    def _by_coordinates(
+        self, weights: Float[np.ndarray, "weight"], pull: Float[np.ndarray, "weight"], l1: float, precision: float
+    ) -> Float[np.ndarray, "weight"]:
+        """Return the minimum by scikit-learn's coordinate descent."""
+        # The model as a lasso: |target - columns w|^2 / 2 has this curvature and this pull.
+        target = solve_triangular(self.root, pull, lower=True)
+        with config_context(assume_finite=True), warnings.catch_warnings():
+            # A rough minimum is good enough for a step; the certificate decides.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            _, path, _ = enet_path(
+                np.asfortranarray(self.root.T),
+                target,
+                l1_ratio=1.0,
+                alphas=[l1 / len(target)],
+                precompute=self.curvature,
+                Xy=pull,
+                coef_init=weights.copy(),  # it is written to
+                check_input=False,
+                tol=precision,
+            )
+        return np.asarray(path[:, 0])
+
+
+# ---------------------------------------------------------------------------------------------------- other solvers
+
+
+def _without_l1(problems: _Problems, point: _Point, tolerance: float, max_iterations: int) -> list[int]:
+    """Move the points to the optimum of a ridge, in coordinates in which it is curved nearly alike everywhere."""
+    width, n = problems.x.shape
+    if n < width:  # no weights but combinations of the examples do anything
+        values, left = torch.linalg.eigh(problems.x.T @ problems.x)
+        kept = values > values[-1] * 1e-12
+        values, axes = values[kept], (problems.x @ left[:, kept]) / values[kept].sqrt()
+    else:
+        values, axes = torch.linalg.eigh(problems.x @ problems.x.T)
+    axes = torch.where((problems.x != 0).any(dim=1)[:, None], axes, 0.0)  # which they are but for rounding errors
+    # Of p (1 - p) only the order of magnitude matters.
+    curvature = values.clamp(min=0) / n / (2 * problems.n_labels) + problems.l2
+    rotated = replace(problems, x=(axes / curvature.sqrt()).T @ problems.x, l2=problems.l2 / curvature)
+    iterations = []
+    for row in range(len(problems)):
+        one, asked, taken = problems.only(row), tolerance, 0
+        turned = _Point((point.weights[[row]] @ axes) * curvature.sqrt(), point.intercept[[row]])
+        while True:
+            taken += _first_order(rotated.only(row), turned, 0, asked, max_iterations - taken)
+            at = _Point((turned.weights / curvature.sqrt()) @ axes.T, turned.intercept)
+            # The gradient that counts is the one in the weights, which the new coordinates stretch.
+            norm = float(one.norm(at, one.slope(at)))
+            asked *= 0.1
+            if norm <= tolerance or taken >= max_iterations or asked < 1e-5 * tolerance:
+                break
+        point.weights[row], point.intercept[row] = at.weights[0], at.intercept[0]
+        iterations.append(taken)
+    return iterations
+
+
+def _first_order(problems: _Problems, point: _Point, row: int, tolerance: float, max_iterations: int) -> int:
+    """Move one point to the optimum by L-BFGS-B; return how often the objective was evaluated."""
+    one = problems.only(row)
+    # Without an l1 part the split would only add a flat direction (P and M growing together).
+    signs = np.array([1.0, -1.0]) if one.l1 > 0 else np.array([1.0])
+    weights, intercept = point.weights[row].cpu().numpy(), point.intercept[row].cpu().numpy()
+    there = np.flatnonzero(intercept > _NEVER)
+    parts = np.multiply.outer(signs, weights[there])  # (sign, label, unit)
+    if one.l1 > 0:
+        parts = np.maximum(parts, 0.0)
+    shape, size = parts.shape, parts.size
+    objective = _Split(one, signs, shape, there)
+    found = minimize(
+        objective,
+        np.concatenate([parts.ravel(), intercept[there]]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=Bounds(np.where(np.arange(size + len(there)) < (size if one.l1 > 0 else 0), 0.0, -np.inf), np.inf),
+        options={
+            "maxcor": 20,
+            "ftol": 0.0,  # stop by the gradient, not when the objective changes little
+            "gtol": 0.5 * tolerance,
+            "maxiter": max_iterations,
+            "maxfun": max_iterations,
+        },
+    )
+    at = objective.point(found.x)
+    if one.l1 > 0:
+        # L-BFGS-B also stops where a weight is within the tolerance of its bound: that weight is a zero.
+        gradient = one.slope(at).gradient
+        at = replace(
+            at, weights=torch.where((at.weights.abs() <= tolerance) & (gradient.abs() < one.l1), 0.0, at.weights)
+        )
+    point.weights[row], point.intercept[row] = at.weights[0], at.intercept[0]
+    return int(found.nfev)
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """The objective of one problem as a function of P, M and the intercepts of the labels that are there."""
+
+    one: _Problems
+    signs: Float[np.ndarray, "sign"]
+    shape: tuple[int, ...]
+    there: Int[np.ndarray, "present"]
+
+    def point(self, vector: Float[np.ndarray, "number"]) -> _Point:
+        """Return the weights and intercepts of all labels."""
+        size, n_labels = int(np.prod(self.shape)), self.one.n_labels
+        weights, intercept = np.zeros((n_labels, self.shape[2])), np.full(n_labels, _NEVER)
+        weights[self.there] = np.tensordot(self.signs, vector[:size].reshape(self.shape), axes=1)
+        intercept[self.there] = vector[size:]
+        device = self.one.x.device
+        return _Point(torch.from_numpy(weights[None]).to(device), torch.from_numpy(intercept[None]).to(device))
+
+    def __call__(self, vector: Float[np.ndarray, "number"]) -> tuple[float, Float[np.ndarray, "number"]]:
+        """Return the value and the gradient."""
+        point = self.point(vector)
+        slope, size = self.one.slope(point), int(np.prod(self.shape))
+        value = float(slope.value[0])
+        gradient = np.multiply.outer(self.signs, slope.gradient[0].cpu().numpy()[self.there])
+        if self.one.l1 > 0:
+            # P and M may overlap on the way.
+            value += self.one.l1 * float(vector[:size].sum() - point.weights.abs().sum())
+            gradient += self.one.l1
+        return value, np.concatenate([gradient.ravel(), slope.intercept[0].cpu().numpy()[self.there]])
+
+
+def _by_scikit_learn(problems: _Problems, point: _Point, row: int, tolerance: float) -> int:
+    """Move one point to where scikit-learn's saga stops; return its iterations."""
+    one = problems.only(row)
+    present, classes = np.unique(one.target.cpu().numpy(), return_inverse=True)
+    # Its model of two classes has one row of weights, v = 2 W: as |v|^2 / 2 = 2 |W|^2, with half the l2 part.
+    binary = len(present) == 2
+    l2 = float(one.l2) / 2 if binary else float(one.l2)
+    regression = LogisticRegression(
+        C=1 / (one.l1 + l2), l1_ratio=one.l1 / (one.l1 + l2), solver="saga", tol=1e-3 * tolerance, max_iter=20_000
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate says so
+        regression.fit(one.x.T.cpu().numpy(), classes, sample_weight=one.weight[0].cpu().numpy())
+    weights, intercept = regression.coef_, regression.intercept_
+    if binary:
+        weights, intercept = np.stack([-weights[0], weights[0]]) / 2, np.array([-1.0, 1.0]) * intercept[0] / 2
+    point.weights[row] = 0
+    point.weights[row, present] = torch.from_numpy(weights).to(point.weights)
+    point.intercept[row, present] = torch.from_numpy(intercept).to(point.weights)
+    return int(regression.n_iter_.max())

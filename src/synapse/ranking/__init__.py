@@ -5,8 +5,26 @@ from synapse.errors import SettingsError, near
 from synapse.model.classifier import Classifier
 from synapse.probe.probe import Probes
 from synapse.ranking.base import Evidence, Ranking, RankingMethod, Scores
-from synapse.ranking.statistics import Probeless, RandomOrder
-from synapse.ranking.weights import CumulativeMass, LinearWeight
+from synapse.ranking.gaussian import GaussianProbe
+from synapse.ranking.information import (
+    AveragePrecision,
+    IntersectionOverUnion,
+    MutualInformation,
+    NeighbourInformation,
+    RocAuc,
+)
+from synapse.ranking.selection import KSparse, L1Weight, RedundancyFiltered, SvmWeight
+from synapse.ranking.statistics import (
+    AnovaF,
+    ClassSelectivity,
+    CohenD,
+    MeanDifference,
+    MeanMagnitude,
+    Probeless,
+    RandomOrder,
+    Variance,
+)
+from synapse.ranking.weights import CumulativeMass, HardThreshold, HeadWeight, LinearWeight
 from synapse.types import Activations
 
 METHODS: dict[str, RankingMethod] = {
@@ -15,10 +33,32 @@ METHODS: dict[str, RankingMethod] = {
         # by the weights of a probe
         CumulativeMass(),
         LinearWeight(),
+        LinearWeight("max"),
+        HardThreshold(),
         # by statistics of the activations
         Probeless(),
+        MeanDifference(),
+        CohenD(),
+        AnovaF(),
+        ClassSelectivity(),
+        ClassSelectivity(absolute=True),
+        # by what a neuron alone tells of the class
+        MutualInformation(),
+        NeighbourInformation(),
+        AveragePrecision(),
+        RocAuc(),
+        IntersectionOverUnion(),
+        # by choosing neurons against each other
+        L1Weight(),
+        SvmWeight(),
+        KSparse(),
+        GaussianProbe(),
+        RedundancyFiltered(),
         # what every other method is judged against
         RandomOrder(),
+        Variance(),
+        MeanMagnitude(),
+        HeadWeight(),
     )
 }
 """The ranking methods, by the names that tables, studies and `rank` know them by."""

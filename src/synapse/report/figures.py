@@ -6,7 +6,7 @@ Names that come from the user are escaped, since plotly reads a subset of HTML i
 
 import html
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -57,6 +57,8 @@ SCOPE_MARKS = {
     "all": ("var(--all)", "diamond"),
     "non-padding": ("var(--non-padding)", "triangle-up"),
 }
+AGREEMENTS = {"tau": "Kendall's tau", "rbo": "rank-biased overlap", "jaccard": "Jaccard of the top tenths"}
+"""The columns of the table of agreement that are drawn, and what they are called."""
 SERIES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 """Marker symbols: a series is told by its symbol as well as by its colour."""
 
@@ -113,6 +115,8 @@ def panels(run: Run) -> list[Panel]:
         layer_by_fraction(run),
         recall_drop(run),
         overlap(run),
+        faithfulness(run),
+        agreement(run),
         *of_the_model,
         probe(run),
     ]
@@ -253,6 +257,64 @@ def overlap(run: Run) -> Panel:
     _block_axis(drawn, run)
     drawn.update_yaxes(rangemode="tozero")
     return replace(panel, figures={(): drawn}, numbers=_numbers(run, {"overlap": found, "chance": chance}))
+
+
+def faithfulness(run: Run) -> Panel:
+    """Return how much more each ranking's first units cost than random ones, by block."""
+    scope, words = run.judged_scope, run.wording
+    panel = Panel(
+        "faithfulness",
+        "Which ranking is faithful?",
+        "Ordering quality: the area between the accuracy after removing a ranking's highest units and that after "
+        f"removing random ones, over the share removed ({words.scope(scope) if scope else 'all rows'}), as a share of "
+        "all there is to lose, with 95 % intervals. Above 0 a ranking finds units that matter, at 0 it is no better "
+        "than chance, below 0 it misleads.",
+        wide=480,
+    )
+    found = {
+        method: {
+            layer: figure
+            for layer in range(run.n_layers)
+            if (figure := run.figure("faithfulness", "quality", scope, layer, method)) and figure.value is not None
+        }
+        for method in run.section("faithfulness", "overall", scope)
+    }
+    if not found:
+        why = "No block has anything to lose." if scope else "No two rankings were judged beside each other."
+        return _without(panel, why)
+    drawn = new_figure(400, words.unit_of_depth, "ordering quality")
+    for index, (method, figures) in enumerate(found.items()):
+        _line(drawn, run, figures, html.escape(method), f"var(--class-{index % 8})", SERIES[index % len(SERIES)])
+    level(drawn, 0.0, "random sets")
+    _block_axis(drawn, run)
+    return replace(panel, figures={(): drawn})
+
+
+def agreement(run: Run) -> Panel:
+    """Return how far every two rankings put the units of a block in one order, as heat maps."""
+    panel = Panel(
+        "agreement",
+        "Do the rankings agree?",
+        "Two rankings of one block's units over all classes: Kendall's tau of the whole order (0 by chance), the "
+        "rank-biased overlap of the first places, or the Jaccard overlap of the top tenths, in brackets where random "
+        "sets often share as much (p of 0.05 or more, adjusted for the number of comparisons). Rankings that agree "
+        "may be wrong together: which one is faithful is another question, with a figure of its own.",
+        wide=420,
+    )
+    pairs = run.agreement[run.agreement["label"] == ""]
+    if pairs.empty:
+        return _without(panel, "The run folder has no table of the agreement between rankings.")
+    layers = sorted(set(pairs["layer"]))
+    drawn: dict[tuple[int, ...], go.Figure] = {
+        (i, j): _agreement_map(pairs[pairs["layer"] == layer], measure)
+        for (i, measure), (j, layer) in product(enumerate(AGREEMENTS), enumerate(layers))
+    }
+    choices = (
+        Choice("Measure", tuple(AGREEMENTS.values())),
+        Choice("Block", tuple(run.wording.layer(int(layer)) for layer in layers), len(layers) - 1),
+    )
+    n_methods = len(set(pairs["method"]) | set(pairs["other"]))
+    return replace(panel, figures=drawn, choices=choices, most=330 + 110 * n_methods)
 
 
 def redirect(run: Run) -> Panel:
@@ -523,6 +585,48 @@ def _class_map(run: Run, scope: str, layer: int) -> go.Figure:
             next((figure.note for figure in figures.values() if figure and figure.note), "not measured"),
         )
     return drawn
+
+
+def _agreement_map(pairs: pd.DataFrame, measure: str) -> go.Figure:
+    methods = list(dict.fromkeys([*pairs["method"], *pairs["other"]]))
+    values: list[list[float | None]] = [[None] * len(methods) for _ in methods]
+    text = [[""] * len(methods) for _ in methods]
+    hover = [["one ranking"] * len(methods) for _ in methods]
+    for pair in pairs.to_dict("records"):
+        value, one, other = pair[measure], methods.index(pair["method"]), methods.index(pair["other"])
+        by_chance = measure == "jaccard" and not pair["p_adjusted"] < 0.05
+        shown = "" if value != value else f"({number(value)})" if by_chance else number(value)
+        for row, column in ((one, other), (other, one)):
+            values[row][column] = None if value != value else value
+            text[row][column], hover[row][column] = shown, _pair(pair)
+    drawn = new_figure(150 + 40 * len(methods), "", "")
+    drawn.add_heatmap(
+        **_positions(methods),
+        z=values,
+        zmin=-1,
+        zmax=1,
+        colorscale=DIVERGING,
+        text=text,
+        texttemplate="%{text}",
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=True,
+        xgap=1,
+        ygap=1,
+        colorbar=_colour_bar(AGREEMENTS[measure]),
+    )
+    _class_axes(drawn, methods, methods)
+    drawn.update_layout(plot_bgcolor="var(--unused)", margin_t=30)
+    return drawn
+
+
+def _pair(pair: Mapping[Hashable, Any]) -> str:
+    """Return what stands over a pair of rankings under the pointer."""
+    return html.escape(
+        f"{pair['method']} and {pair['other']}: tau {number(pair['tau'])}; rank-biased overlap {number(pair['rbo'])} "
+        f"(by chance {number(pair['rbo_chance'])}); of the first {pair['k']} Jaccard {number(pair['jaccard'])} "
+        f"(by chance {number(pair['jaccard_chance'])}, adjusted p {pair['p_adjusted']:.2g})"
+    )
 
 
 def _edit_maps(run: Run, attack: Mapping[str, Any], control: Mapping[str, Any]) -> go.Figure:

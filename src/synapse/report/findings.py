@@ -34,7 +34,7 @@ class KeyNumber:
 
 
 def summary_lines(run: Path, component: str | None = None) -> list[str]:
-    """Return about five sentences on a run folder: accuracy, scopes, concentration, classes, redirection.
+    """Return about five sentences on a run folder: accuracy, scopes, concentration, rankings, classes, redirection.
 
     They are about one component, the first of the study unless one is named; redirection is of the whole model and
     stands with the first. A sentence is left out where its numbers were not measured.
@@ -48,7 +48,10 @@ def summary_lines(run: Path, component: str | None = None) -> list[str]:
 
 def sentences(run: Run) -> list[str]:
     """Return the sentences of `summary_lines` for an open run."""
-    made = (_accuracy(run), _scopes(run), _concentration(run), _classes(run), _redirection(run) if run.is_first else "")
+    made = (
+        *(_accuracy(run), _scopes(run), _concentration(run), _rankings(run), _classes(run)),
+        _redirection(run) if run.is_first else "",
+    )
     return [text for text in made if text]
 
 
@@ -96,6 +99,22 @@ def cheapest_shift(run: Run) -> tuple[str, Figure] | None:
         and figure.value is not None
     ]
     return min(found, key=lambda pair: pair[1].value or 0.0, default=None)
+
+
+@dataclass(frozen=True)
+class BestRanking:
+    """The ranking of highest ordering quality, the next one, and its lead."""
+
+    method: str
+    second: str
+    lead: Figure
+
+
+def best_ranking(run: Run, layer: int | None = None) -> BestRanking | None:
+    """Return which ranking is the most faithful at a layer, or over all of them; None where none was judged."""
+    keys = ("best_overall", run.judged_scope) if layer is None else ("best", run.judged_scope, layer)
+    found, lead = run.section("faithfulness", *keys), run.figure("faithfulness", *keys, "lead")
+    return BestRanking(str(found["method"]), str(found["second"]), lead) if lead is not None else None
 
 
 def judged_place(run: Run, *keys: str) -> tuple[str, int, Figure] | None:
@@ -281,6 +300,31 @@ def _concentration(run: Run) -> str:
             verdict = "the ranking cannot be told from a random order"
         parts.append(f"{verdict} (difference {measured(order)}, of that loss, averaged over the sizes)")
     return sentence("; ".join([text, *parts]))
+
+
+def _rankings(run: Run) -> str:
+    """Return which of several rankings is the most faithful, and whether the next one can be told from it."""
+    scope, words = run.judged_scope, run.wording
+    overall, best = run.section("faithfulness", "overall", scope), best_ranking(run)
+    if best is None:
+        return ""
+    quality = run.figure("faithfulness", "overall", scope, best.method)
+    assert quality is not None
+    where = f"{words.scope(scope)}; mean over the {words.unit_of_depth}s where there is something to lose"
+    more = "more of what there is to lose than removing random ones"
+    if reaches_zero(quality):
+        return (
+            f"None of {len(overall)} rankings can be told from a random order: removing the units that the best, "
+            f"{best.method}, ranks highest does not beyond doubt cost {more} (difference {measured(quality)}; {where})."
+        )
+    if reaches_zero(best.lead):
+        beside = f"it cannot be told from {best.second}, the next (lead {measured(best.lead)})"
+    else:
+        beside = f"the next, {best.second}, costs less by {measured(best.lead)}"
+    return (
+        f"Of {len(overall)} rankings {best.method} is the most faithful: removing the units that it ranks highest "
+        f"costs {more}, by {measured(quality)} ({where}); {beside}."
+    )
 
 
 def _classes(run: Run) -> str:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from synapse.report import figures
-from synapse.report.findings import key_numbers, sentences
+from synapse.report.findings import best_ranking, key_numbers, reaches_zero, sentences
 from synapse.report.run import Run, open_run
-from synapse.report.words import COMPONENTS, EVERY, few, interval, number, sentence
+from synapse.report.words import COMPONENTS, EVERY, few, interval, measured, number, sentence
 
 TOP = 10
 """Units shown of each ranking."""
@@ -45,6 +45,19 @@ class TopUnits:
     label: str
     units: tuple[tuple[int, str], ...]
     """Unit and score, best first."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How faithful the rankings are at one block, or over all of them."""
+
+    place: str
+    qualities: tuple[str, ...]
+    """Ordering quality of each method, in their order."""
+    best: int | None
+    """Position of the best method, None where none is."""
+    lead: str
+    """Whether the next one can be told from it."""
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -84,6 +97,8 @@ def _context(run: Run, path: Path) -> dict[str, Any]:
         "sentences": sentences(run),
         "key_numbers": key_numbers(run),
         "panels": figures.panels(run),
+        "judged_methods": list(run.section("faithfulness", "overall", run.judged_scope)),
+        "judged": judged_rankings(run),
         "top_units": top_units(run),
         "as_run": _as_run(run),
         "sites": _sites(run),
@@ -130,6 +145,29 @@ def _sites(run: Run) -> list[tuple[str, str, str]]:
         for name, modules in found.items()
     ]
     return rows + [(str(name), f"not found: {why}", "") for name, why in missing.items()]
+
+
+def judged_rankings(run: Run) -> list[Judged]:
+    """Return the ordering quality of every ranking over all blocks, and at each; nothing where none was judged."""
+    scope = run.judged_scope
+    methods = list(run.section("faithfulness", "overall", scope))
+    if not methods:
+        return []
+    rows = []
+    for layer in (None, *range(run.n_layers)):
+        place = ("overall", scope) if layer is None else ("quality", scope, layer)
+        figures = [run.figure("faithfulness", *place, method) for method in methods]
+        best = best_ranking(run, layer)
+        verdict = "–" if best is None else f"{measured(best.lead)} before {best.second}"
+        rows.append(
+            Judged(
+                f"mean of all {run.wording.unit_of_depth}s" if layer is None else run.wording.layer(layer),
+                tuple("–" if figure is None else measured(replace(figure, n=0)) for figure in figures),
+                None if best is None else methods.index(best.method),
+                verdict + (", not told apart" if best and reaches_zero(best.lead) else ""),
+            )
+        )
+    return rows
 
 
 def top_units(run: Run) -> list[TopUnits]:

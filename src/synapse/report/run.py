@@ -29,6 +29,10 @@ _INTERVAL = ("value", "low", "high", "n")
 _COLUMNS: Mapping[str, tuple[str, ...]] = {
     "probe": ("component", "layer", "depth", "measure", *_INTERVAL, "unit"),
     "ranking": ("component", "method", "layer", "label", "rank", "unit", "score"),
+    "agreement": (
+        *("component", "layer", "label", "method", "other", "k", "tau"),
+        *("rbo", "rbo_chance", "jaccard", "jaccard_chance", "p", "p_adjusted"),
+    ),
     "sweep": (*CELL_COLUMNS, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
     "attack": (
         "attack",
@@ -139,16 +143,26 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The ranking that the scorecard judges: `cumulative-mass` if swept, else the first by name."""
-        swept = self.swept_methods
-        return "cumulative-mass" if "cumulative-mass" in swept else min(swept, default="")
+        """The ranking that was swept in full, which the scorecard judges: the first one of the sweep."""
+        return next(iter(self.swept_methods), "")
 
     @property
     def swept_methods(self) -> tuple[str, ...]:
-        """The methods whose ranking over all classes was swept, in the order of the table."""
+        """The methods whose ranking over all classes was swept in every scope, in the order of the table.
+
+        Methods that were swept in one scope only, to be judged beside the first, have a place in the section
+        `faithfulness` of the scorecard.
+        """
         sweep = self.sweep
         top = sweep[(sweep["selection"] == "top") & (sweep["label"] == "") & (sweep["method"] != "")]
-        return tuple(str(method) for method in dict.fromkeys(top["method"]))
+        scopes = top.groupby("method", sort=False)["scope"].nunique()
+        return tuple(str(method) for method in scopes.index[scopes == scopes.max()])
+
+    @property
+    def judged_scope(self) -> str:
+        """The scope in which several rankings were judged beside each other, empty where none were."""
+        scopes = self.scopes_of("faithfulness", "quality")
+        return "all" if "all" in scopes else next(iter(scopes), "")
 
     def depth(self, layer: int) -> float:
         """Return the relative depth of a layer, `(layer + 1) / n_layers`, in (0, 1]."""
@@ -184,6 +198,11 @@ class Run:
     def ranking(self) -> pd.DataFrame:
         """One row per method, layer, label and rank."""
         return self._of_component("ranking")
+
+    @cached_property
+    def agreement(self) -> pd.DataFrame:
+        """One row per layer, label and pair of ranking methods."""
+        return self._of_component("agreement")
 
     @cached_property
     def sweep(self) -> pd.DataFrame:

@@ -31,7 +31,8 @@ class Grid:
     The first kind is swept over all of `fractions` and at 100 %, from the top and at random, over `bottom_fractions`
     from the bottom and over `label_fractions` for each class's ranking; the other kinds at `kind_fractions`, top and
     random, where the numbers they need exist. There are `random_sets` random sets of each size; each example meets
-    `random_sets_per_example` of them, in turn.
+    `random_sets_per_example` of them, in turn. Rivals, further rankings to judge beside the first, are swept with the
+    first kind, from the top, at the sizes nearest to `rival_fractions` that random sets have too.
     """
 
     scopes: tuple[Scope, ...] = SWEPT_SCOPES
@@ -40,11 +41,15 @@ class Grid:
     label_fractions: tuple[float, ...] = (0.5, 0.9)
     kinds: tuple[Kind, ...] = KINDS
     kind_fractions: tuple[float, ...] = (0.5, 0.9)
+    rival_fractions: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
     random_sets: int = 10
     random_sets_per_example: int = 1
 
     def __post_init__(self) -> None:
-        shares = (*self.fractions, *self.bottom_fractions, *self.label_fractions, *self.kind_fractions)
+        shares = (
+            *(*self.fractions, *self.bottom_fractions, *self.label_fractions),
+            *(*self.kind_fractions, *self.rival_fractions),
+        )
         if any(not 0 < share <= 1 for share in shares):
             raise SettingsError(
                 f"The fractions {sorted(set(shares))} include some outside (0, 1]; they are shares of the width."
@@ -54,6 +59,11 @@ class Grid:
                 f"{self.random_sets_per_example} random sets an example were asked for; 1 to {self.random_sets} "
                 "(random_sets) was expected."
             )
+
+    @property
+    def rival_scope(self) -> Scope:
+        """The scope in which rivals are swept: all rows, where nothing can be re-supplied, if it is swept at all."""
+        return "all" if "all" in self.scopes else self.scopes[0]
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,11 @@ class Cell:
         return (np.arange(n_examples) + turn) % sets < per_example
 
 
-def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
-    """Return the cells of a grid: every layer, scope, kind, size and end of the ranking, global and for each class."""
+def plan(ranking: Ranking, grid: Grid, *, rivals: Sequence[Ranking] = (), seed: int = 0) -> list[Cell]:
+    """Return the cells of a grid: every layer, scope, kind, size and end of the ranking, global and for each class.
+
+    Those of the `rivals`, which are fewer (see `Grid`), come last.
+    """
     cells = []
     for layer, scope, kind in product(range(len(ranking.scores)), grid.scopes, grid.kinds):
         if not kind.fits(scope):
@@ -124,7 +137,17 @@ def plan(ranking: Ranking, grid: Grid, *, seed: int = 0) -> list[Cell]:
             cells += [
                 build.top(k, label) for label in ranking.labels for k in _sizes(grid.label_fractions, ranking.width)
             ]
-    return cells
+    return cells + [cell for rival in rivals for cell in _rival_cells(rival, grid)]
+
+
+def _rival_cells(rival: Ranking, grid: Grid) -> list[Cell]:
+    """Return the cells that judge a further ranking beside the first one and beside random sets."""
+    swept = np.array(_sizes(grid.fractions, rival.width))
+    if not len(swept):
+        return []  # everything at once: there is no curve
+    nearest = {int(swept[np.abs(swept - share * rival.width).argmin()]) for share in grid.rival_fractions}
+    builders = [_CellBuilder(rival, layer, grid.rival_scope, grid.kinds[0]) for layer in range(len(rival.scores))]
+    return [build.top(k) for build in builders for k in sorted(nearest)]
 
 
 def cumulative(ranking: Ranking, scope: Scope, kind: Kind, fraction: float, *, label: str = GLOBAL) -> list[Cell]:
