@@ -32,7 +32,7 @@ ALLOWED = {
     "demo": {"errors", "types", "data", "model", "settings", "study"},
     "edits": {"errors", "types", "data", "model", "perturb", "ranking", "recording", "report", "sweeping"},
     "whatif": {"errors", "types", "data", "model", "perturb", "ranking", "measure", "edits"},
-    "testing": {"errors", "types", "data", "model", "perturb"},
+    "testing": {"errors", "types", "data", "model", "perturb", "probe", "ranking"},
     "cli": {"errors", "data", "model", "settings", "study", "demo", "report", "store", "edits", "whatif"},
 }
 

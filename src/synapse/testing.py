@@ -9,10 +9,10 @@ def test_my_intervention_holds_what_every_intervention_holds():
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,9 @@ from synapse.errors import SynapseError
 from synapse.model.classifier import Batch, Classifier, Inputs, Perturbation
 from synapse.model.hooks import Site, hidden_states
 from synapse.perturb.base import Intervention, intervention_from_dict
-from synapse.types import Component
+from synapse.probe.probe import Probes
+from synapse.ranking.base import Evidence, RankingMethod
+from synapse.types import Activations, Component
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that batches of other shapes may make."""
@@ -53,7 +55,7 @@ def check_perturbation(
         AssertionError: a clause does not hold; the message names it.
     """
     check = _Check(perturbation, classifier, inputs, tolerance)
-    check.is_a_value()
+    _check_value(perturbation)
     if isinstance(perturbation, Intervention):
         check.serialises(perturbation)
     check.comes_off()
@@ -61,6 +63,94 @@ def check_perturbation(
     check.depends_on_the_example_alone()
     if isinstance(perturbation, Intervention):
         check.edits_what_it_declares(perturbation)
+
+
+def check_ranking(
+    method: RankingMethod,
+    activations: Activations,
+    *,
+    probes: Probes | None = None,
+    classifier: Classifier | None = None,
+    examples: Examples | None = None,
+    planted: Mapping[str, int] | None = None,
+) -> None:
+    """Check that a ranking method holds what every ranking method holds.
+
+    What is given beside the method is what `synapse.rank` takes. `planted` names for some classes the unit that is
+    known to carry them in every layer. The clauses:
+
+    1. it is a frozen dataclass that can be hashed, and it has a name;
+    2. its scores are finite, one for each (layer, ranking, unit), the global ranking first; so are signed ones;
+    3. a class without an example scores 0 everywhere;
+    4. asked twice, it gives the same scores, bitwise;
+    5. the activations are not changed, and the model is left as it was, bitwise;
+    6. a planted unit comes first for its class, and all of them come before any other unit over all classes.
+
+    Raises:
+        AssertionError: a clause does not hold; the message names it.
+        SettingsError: the method needs something that was not given.
+    """
+    _check_value(method)
+    demand = functools.partial(_demand, method)
+    demand(bool(method.name), "has no name")
+    evidence = Evidence(activations, probes, classifier, examples)
+    arrays, before = _arrays(activations), None if classifier is None else _state(classifier)
+    first, second = method.rank(evidence), method.rank(evidence)
+    shape = (activations.n_layers, evidence.n_rankings, activations.width)
+    for name, scores in (("scores", first.scores), ("signed scores", first.signed)):
+        if scores is not None:
+            demand(scores.shape == shape, f"gives {name} of shape {scores.shape}; {shape} was expected")
+            demand(bool(np.isfinite(scores).all()), f"gives {name} that are not finite")
+    absent = [1 + c for c in range(len(activations.labels)) if c not in evidence.present]
+    demand(not first.scores[:, absent].any(), "gives scores to a class that has no example")
+    demand(_same(first.scores, second.scores), "gives other scores when it is asked again: draw from a seed of its own")
+    demand(
+        all(np.array_equal(*pair) for pair in zip(arrays, _arrays(activations), strict=True)),
+        "changes the activations in place",
+    )
+    demand(
+        before is None or (classifier is not None and _state(classifier) == before),
+        "does not leave the model as it was",
+    )
+    units = dict(planted or {})
+    for layer in range(activations.n_layers):
+        for label, unit in units.items():
+            found = int(first.order(layer, label)[0])
+            demand(found == unit, f"puts unit {found} first for {label!r} in layer {layer}; {unit} was planted")
+        top = set(first.order(layer)[: len(units)].tolist())
+        demand(
+            top == set(units.values()),
+            f"puts {sorted(top)} first in layer {layer}; {sorted(units.values())} were planted",
+        )
+
+
+def _demand(one: object, holds: bool, clause: str) -> None:
+    """Raise with the name of what is checked where a clause does not hold."""
+    if not holds:
+        raise AssertionError(f"{type(one).__name__} {clause}.")
+
+
+def _check_value(one: object) -> None:
+    """Demand a frozen dataclass that can be hashed."""
+    parameters = getattr(type(one), "__dataclass_params__", None)
+    _demand(
+        one,
+        parameters is not None and parameters.frozen,
+        "is no frozen dataclass: write `@dataclass(frozen=True)` above the class",
+    )
+    try:
+        hash(one)
+    except TypeError as error:
+        clause = f"cannot be hashed ({error}): use numbers, strings and tuples as fields, or `eq=False`"
+        raise AssertionError(f"{type(one).__name__} {clause}.") from error
+
+
+def _arrays(activations: Activations) -> list[np.ndarray]:
+    return [activations.values.copy(), activations.logits.copy(), activations.targets.copy()]
+
+
+def _state(classifier: Classifier) -> tuple[str, dict[str, Any]]:
+    return classifier.weights_hash(), _fittings(classifier.module)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,21 +164,7 @@ class _Check:
 
     def demand(self, holds: bool, clause: str) -> None:
         """Raise with the name of the perturbation where a clause does not hold."""
-        if not holds:
-            raise AssertionError(f"{type(self.perturbation).__name__} {clause}.")
-
-    def is_a_value(self) -> None:
-        """Clause 1."""
-        one = self.perturbation
-        parameters = getattr(type(one), "__dataclass_params__", None)
-        self.demand(
-            parameters is not None and parameters.frozen,
-            "is no frozen dataclass: write `@dataclass(frozen=True)` above the class",
-        )
-        try:
-            hash(one)
-        except TypeError as error:
-            self.demand(False, f"cannot be hashed ({error}): use numbers, strings and tuples as fields, or `eq=False`")
+        _demand(self.perturbation, holds, clause)
 
     def serialises(self, intervention: Intervention) -> None:
         """Clause 2."""
@@ -294,9 +370,11 @@ class _Watch:
             for (name, side, argument), calls in self.calls.items():
                 module, keep = self.classifier.module.get_submodule(name), getattr(calls, see)
                 if side == "output":
-                    handle = module.register_forward_hook(partial(_see_output, keep))
+                    handle = module.register_forward_hook(functools.partial(_see_output, keep))
                 else:
-                    handle = module.register_forward_pre_hook(partial(_see_input, keep, argument), with_kwargs=True)
+                    handle = module.register_forward_pre_hook(
+                        functools.partial(_see_input, keep, argument), with_kwargs=True
+                    )
                 stack.callback(handle.remove)
             yield
 

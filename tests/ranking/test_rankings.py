@@ -1,14 +1,17 @@
 import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
-from synapse.errors import SettingsError
+from synapse.errors import DataError, SettingsError
 from synapse.probe.probe import Probe, Probes, fit_probes
-from synapse.ranking import METHODS, Evidence, Ranking, rank
+from synapse.ranking import METHODS, Evidence, Ranking, RankingMethod, Scores, rank
 from synapse.ranking.weights import CumulativeMass, LinearWeight
 from synapse.recording import record
+from synapse.testing import check_ranking
 from synapse.types import Activations
 
 
@@ -84,15 +87,98 @@ POSITIVE = {"class-selectivity"}
 """Refuses states with a sign; its sibling that reads magnitudes stands in."""
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - NULLS - POSITIVE))
-def test_the_planted_neuron_comes_first_for_its_class(method):
+@pytest.fixture(scope="module")
+def evidence():
+    """What methods may ask for, of a model in which a neuron carries class b and another one class c."""
     classifier, examples = planted_classifier(), planted_examples(300, seed=1)
     train = record(classifier, examples)
-    ranking = rank(train, probes=fit_probes(train), method=method, classifier=classifier, examples=examples)
-    for layer in (0, 1):
-        assert ranking.order(layer, "b")[0] == B_UNIT
-        assert ranking.order(layer, "c")[0] == C_UNIT
-        assert set(ranking.order(layer)[:2]) == {B_UNIT, C_UNIT}
+    return {"activations": train, "probes": fit_probes(train), "classifier": classifier, "examples": examples}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_every_method_holds_the_contract_and_puts_the_planted_neurons_first(method, evidence):
+    if method.name in POSITIVE:
+        with pytest.raises(SettingsError, match="negative"):
+            check_ranking(method, **evidence)
+        return
+    planted = None if method.name in NULLS else {"b": B_UNIT, "c": C_UNIT}
+    check_ranking(method, **evidence, planted=planted)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_a_class_that_nobody_has_scores_nothing(method, evidence):
+    if method.name in NULLS:
+        return  # they know no classes
+    classifier, examples = evidence["classifier"], evidence["examples"]
+    examples = examples.take(np.flatnonzero(evidence["activations"].targets != 2))
+    train = record(classifier, examples)
+    if method.name in POSITIVE:
+        train = replace(train, values=np.abs(train.values))
+    check_ranking(method, train, probes=fit_probes(train), classifier=classifier, examples=examples)
+
+
+@dataclass(frozen=True)
+class Broken(RankingMethod):
+    """Breaks one clause of the contract."""
+
+    how: str
+
+    @property
+    def name(self):
+        return "" if self.how == "name" else "broken"
+
+    def scores(self, evidence):
+        values = np.random.default_rng(None if self.how == "again" else 0).random((2, 4, 16))
+        if self.how == "shape":
+            values = values[:, :3]
+        if self.how == "finite":
+            values[0, 0, 0] = np.nan
+        if self.how == "activations":
+            evidence.activations.values[0, 0, 0] += 1
+        if self.how == "model":
+            with torch.no_grad():
+                evidence.model[0].module.head.bias += 1
+        return Scores(values)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("name", "Broken has no name."),
+        ("shape", "Broken gives scores of shape (2, 3, 16); (2, 4, 16) was expected."),
+        ("finite", "Broken gives scores that are not finite."),
+        ("again", "Broken gives other scores when it is asked again: draw from a seed of its own."),
+        ("activations", "Broken changes the activations in place."),
+        ("model", "Broken does not leave the model as it was."),
+        ("planted", "puts unit"),
+    ],
+)
+def test_a_method_that_breaks_a_clause_is_told_which(how, message):
+    classifier, examples = planted_classifier(), planted_examples(30, seed=1)
+    with pytest.raises(AssertionError) as caught:
+        check_ranking(
+            Broken(how), record(classifier, examples), classifier=classifier, examples=examples, planted={"b": B_UNIT}
+        )
+    assert message in str(caught.value)
+
+
+def test_what_a_method_needs_must_be_given(evidence):
+    train, other = evidence["activations"], planted_examples(30, seed=9)
+    with pytest.raises(SettingsError, match="The ranking 'linear' was given no probes; pass `probes=`"):
+        rank(train, method="linear")
+    with pytest.raises(SettingsError, match="was given no classifier; pass `classifier=` and `examples=`"):
+        rank(train, method="head-weight")
+    with pytest.raises(DataError, match="pass the examples that were recorded"):
+        rank(train, method="head-weight", classifier=evidence["classifier"], examples=other)
+
+
+def test_states_that_are_not_finite_are_refused_by_every_method(evidence):
+    train = evidence["activations"]
+    values = train.values.copy()
+    values[1, 3, 2] = np.nan
+    for method in METHODS:
+        with pytest.raises(DataError, match="Activations of layer 1 hold NaN or infinite values"):
+            rank(**{**evidence, "activations": replace(train, values=values)}, method=method)
 
 
 def some_ranking():
