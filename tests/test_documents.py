@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import typer.main
 from architectures import TABLE
+from planted import planted_classifier, planted_examples
 from tiny_models import bert, word_tokenizer
 
 import synapse
 from synapse.cli.app import app
+from synapse.ranking import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -112,3 +114,24 @@ def test_the_python_examples_of_the_page_of_models_run(capsys):
         exec(code, names)
     assert names["classifier"].anatomy.blocks == own.block_names
     assert "'readout': 'first'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["probes", "rankings"])
+def test_the_python_examples_of_the_pages_of_probes_and_rankings_run(page):
+    names: dict[str, object] = {
+        "classifier": planted_classifier(),
+        "train": planted_examples(90, seed=1),
+        "test": planted_examples(30, seed=2),
+    }
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.DOTALL):
+        exec(code, names)
+
+
+def test_the_page_of_rankings_lists_every_method():
+    table = (ROOT / "docs" / "rankings.md").read_text().split("## The methods")[1].split("## ")[0]
+    named = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", row)
+    }
+    assert named == set(METHODS)

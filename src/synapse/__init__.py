@@ -34,6 +34,7 @@ _HOMES = {
     "description_length": "synapse.probe.description",
     "learning_curve": "synapse.probe.description",
     "rank": "synapse.ranking",
+    "rank_stability": "synapse.ranking.bootstrap",
     "Ranking": "synapse.ranking",
     "Neurons": "synapse.types",
     "Intervention": "synapse.perturb.base",

@@ -110,7 +110,12 @@ def run(
     ] = None,
     train_examples: Annotated[str | None, typer.Option(help="Training examples used, or 'all'. [2000]")] = None,
     examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [64]")] = None,
-    methods: Annotated[str | None, typer.Option(help="Ranking methods, with commas; the first is swept.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranking methods, with commas; the first is swept in full, the others to judge them beside it."
+        ),
+    ] = None,
     scopes: Annotated[str | None, typer.Option(help="Where interventions act, with commas.")] = None,
     fractions: Annotated[str | None, typer.Option(help="Shares of the width to edit, with commas.")] = None,
     kinds: Annotated[str | None, typer.Option(help="Interventions, with commas; the first is swept whole.")] = None,

@@ -5,7 +5,16 @@ from synapse.errors import SettingsError, near
 from synapse.model.classifier import Classifier
 from synapse.probe.probe import Probes
 from synapse.ranking.base import Evidence, Ranking, RankingMethod, Scores
+from synapse.ranking.effects import CausalEffect, ProbeRemoval
 from synapse.ranking.gaussian import GaussianProbe
+from synapse.ranking.gradients import (
+    AttributionPatching,
+    Conductance,
+    GradientXActivation,
+    IntegratedGradients,
+    InternalInfluence,
+    Taylor,
+)
 from synapse.ranking.information import (
     AveragePrecision,
     IntersectionOverUnion,
@@ -35,6 +44,7 @@ METHODS: dict[str, RankingMethod] = {
         LinearWeight(),
         LinearWeight("max"),
         HardThreshold(),
+        ProbeRemoval(),
         # by statistics of the activations
         Probeless(),
         MeanDifference(),
@@ -54,6 +64,17 @@ METHODS: dict[str, RankingMethod] = {
         KSparse(),
         GaussianProbe(),
         RedundancyFiltered(),
+        # by gradients of the model
+        GradientXActivation(),
+        Taylor(),
+        AttributionPatching(),
+        IntegratedGradients(),
+        Conductance(),
+        InternalInfluence(),
+        # by what the model loses without the neuron
+        CausalEffect("zero"),
+        CausalEffect("mean"),
+        CausalEffect("resample"),
         # what every other method is judged against
         RandomOrder(),
         Variance(),
