@@ -184,7 +184,8 @@ class IntersectionOverUnion(RankingMethod):
 
     A neuron is high where x >= T, T being its `quantile` over the examples; the score is |high and class| / |high or
     class|. Global is the mean over the classes. Only high values count: a neuron that is low for a class, and only for
-    it, scores 0. One that is at its lowest value for more than that share of examples is high on all of them.
+    it, scores 0. One that is at its lowest value for more than that share of examples is high on none: it would be on
+    all of them, which tells nothing.
     Source: Bau et al. (2017), "Network dissection", CVPR; Mu and Andreas (2020), NeurIPS, arXiv 2006.14032.
     The published quantile of 0.995 is one over pixels, of which an image has thousands.
     """
@@ -207,7 +208,8 @@ class IntersectionOverUnion(RankingMethod):
         activations = evidence.activations
         rows = []
         for layer, values in enumerate(activations.values):
-            high = values >= activations.quantiles(layer, (self.quantile,))[0]
+            threshold = activations.quantiles(layer, (self.quantile,))[0]
+            high = (values >= threshold) & (threshold > values.min(axis=0))
             shared = np.stack([high[activations.targets == c].sum(axis=0) for c in evidence.present])
             sizes = np.bincount(activations.targets)[evidence.present][:, None]
             rows.append(shared / (high.sum(axis=0) + sizes - shared))
