@@ -17,7 +17,7 @@ ALLOWED = {
     "model": {"errors", "types", "data"},
     "recording": {"errors", "types", "data", "model"},
     "probe": {"errors", "types", "data"},
-    "ranking": {"errors", "types", "data", "model", "probe"},
+    "ranking": {"errors", "types", "data", "model", "probe", "measure"},
     "perturb": {"errors", "types", "model"},
     "attack": {"errors", "types", "data", "model", "perturb"},
     "sweeping": {"errors", "types", "data", "model", "perturb", "ranking", "measure"},

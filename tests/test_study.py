@@ -7,8 +7,9 @@ import pytest
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
 import synapse.study
-from synapse.errors import RestoreError, RunFolderError, SettingsError, SplitError
+from synapse.errors import ConvergenceError, RestoreError, RunFolderError, SettingsError, SplitError
 from synapse.ranking import METHODS, RankingMethod, Scores
+from synapse.ranking.gradients import Taylor
 from synapse.ranking.weights import LinearWeight
 from synapse.report import summary_lines
 from synapse.report.run import open_run
@@ -36,7 +37,8 @@ def planted_run(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_promises(planted_run):
     names = {str(path.relative_to(planted_run)) for path in planted_run.rglob("*") if path.parent.name != "logits.zarr"}
-    tables = {f"tables/{name}.parquet" for name in ("probe", "ranking", "agreement", "sweep", "attack")}
+    known = ("probe", "ranking", "rank_stability", "agreement", "sweep", "attack")
+    tables = {f"tables/{name}.parquet" for name in known}
     assert {"manifest.json", "scorecard.json", "report.html", "logits.zarr", *tables} <= names
     manifest = json.loads((planted_run / "manifest.json").read_text())
     assert manifest["status"] == "complete"
@@ -100,6 +102,47 @@ def test_a_study_of_one_method_judges_none_beside_it(tmp_path):
     run = study(tmp_path / "run", methods=("linear", "random"), kinds=("zero",))
     assert json.loads((run / "scorecard.json").read_text())["faithfulness"]["quality"] == {}
     assert not [line for line in summary_lines(run) if "faithful" in line]
+
+
+def test_the_planted_neurons_would_come_first_again(planted_run):
+    card = json.loads((planted_run / "scorecard.json").read_text())["rank_stability"]
+    table = pd.read_parquet(planted_run / "tables" / "rank_stability.parquet")
+    assert card["settled"]["1"] == {
+        "value": 2.0, "low": None, "high": None, "n": 30, "unit": "units", "note": "of 2"
+    }  # fmt: skip
+    assert card["kuncheva"]["1"]["value"] == 1.0
+    assert set(card["nogueira_of_class"]["1"]) == {"a", "b", "c"}
+    assert len(table) == 2 * 4 * 16
+    assert set(table["method"]) == {"cumulative-mass"}
+    planted = table[(table["label"] == "") & table["unit"].isin([B_UNIT, C_UNIT])]
+    assert set(planted["top_probability"]) == {1.0}
+    assert any(line.startswith("Ranked again by cumulative-mass on 30 draws") for line in summary_lines(planted_run))
+
+
+def test_a_study_without_draws_has_no_table_of_them(tmp_path):
+    run = study(tmp_path / "run", methods=("linear",), kinds=("zero",), rank_draws=0)
+    assert not (run / "tables" / "rank_stability.parquet").exists()
+    assert json.loads((run / "scorecard.json").read_text())["rank_stability"] == {}
+    assert not [line for line in summary_lines(run) if "Ranked again" in line]
+
+
+def test_a_ranking_that_runs_the_model_is_not_made_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(METHODS, "taylor", Taylor())
+    with caplog.at_level("INFO", logger="synapse.study"):
+        run = study(tmp_path / "run", methods=("taylor", "linear"), kinds=("zero",))
+    assert json.loads((run / "scorecard.json").read_text())["rank_stability"] == {}
+    assert set(open_run(run).ranking["method"]) == {"taylor", "linear"}
+    assert "Rankings by taylor are not made again: every draw would run the model." in caplog.messages
+
+
+def test_a_draw_that_does_not_converge_costs_a_study_its_draws_only(tmp_path, monkeypatch, caplog):
+    def stop(*_, **__):
+        raise ConvergenceError("The probe of layer 0 stopped.")
+
+    monkeypatch.setattr(synapse.study, "rank_stability", stop)
+    run = study(tmp_path / "run", methods=("linear",), kinds=("zero",))
+    assert json.loads((run / "scorecard.json").read_text())["rank_stability"] == {}
+    assert "The probe of layer 0 stopped. The study goes on without draws." in caplog.messages
 
 
 def test_ablating_a_class_own_neurons_takes_that_class_and_no_other(planted_run):
@@ -237,6 +280,7 @@ def test_the_forecast_counts_what_the_sweep_then_runs():
         ({"kinds": ("mean", "zero")}, "zero must come first"),
         ({"methods": ("random",)}, "the first method is the one that is swept"),
         ({"random_sets": 3}, "The setting 'random_sets' is 3"),
+        ({"rank_draws": 1}, "The setting 'rank_draws' is 1: two or more rankings can be compared, or 0 to draw none."),
         ({"scopes": ("cls",)}, "The setting 'scopes' is 'cls'"),
     ],
 )

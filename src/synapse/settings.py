@@ -58,6 +58,9 @@ class Settings(pydantic.BaseModel):
         ("cumulative-mass", "linear", "probeless", "random"),
         description="ranking methods; the first is swept in full, the others to judge them beside it",
     )
+    rank_draws: int = pydantic.Field(
+        30, ge=0, description="draws of the training examples that the first method ranks again; 0: none"
+    )
     sites: tuple[Component, ...] = pydantic.Field(
         ("residual",), description="components of the layers that are studied; the report begins with the first"
     )
@@ -95,6 +98,13 @@ class Settings(pydantic.BaseModel):
         if known[0] == "random":
             raise ValueError("the first method is the one that is swept, and random sets are swept beside it anyway")
         return known
+
+    @pydantic.field_validator("rank_draws")
+    @classmethod
+    def _comparable_draws(cls, draws: int) -> int:
+        if draws == 1:
+            raise ValueError("two or more rankings can be compared, or 0 to draw none")
+        return draws
 
     @pydantic.field_validator("sites", mode="before")
     @classmethod

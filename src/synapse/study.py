@@ -21,7 +21,7 @@ from synapse.attack.head import head_attacks
 from synapse.attack.logits import shift_attacks
 from synapse.attack.noise import noise_attack, noise_cost
 from synapse.data.examples import Examples, sample_examples, shared_inputs
-from synapse.errors import RestoreError, SplitError
+from synapse.errors import ConvergenceError, RestoreError, SplitError
 from synapse.measure.agreement import agreement_table
 from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
@@ -30,7 +30,8 @@ from synapse.model.classifier import Classifier
 from synapse.model.resume import clean_pass
 from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
 from synapse.probe.probe import Probes, fit_probes, refit_probes
-from synapse.ranking import Ranking, rank
+from synapse.ranking import METHODS, Ranking, rank
+from synapse.ranking.bootstrap import RankStability, rank_stability, runs_the_model
 from synapse.ranking.statistics import RandomOrder
 from synapse.recording import record_components
 from synapse.report.html import write_report
@@ -137,6 +138,7 @@ def run_study(
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
     outcome = joined([part.outcome for part in parts])
     ranking_table = pd.concat([part.ranking_table for part in parts], ignore_index=True)
+    drawn = [part.drawn.to_frame() for part in parts if part.drawn is not None]
     tables = timer.stage(
         "measure",
         lambda _: {
@@ -145,6 +147,7 @@ def run_study(
             "agreement": agreement_table(ranking_table),
             "sweep": sweep_table(outcome),
             "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=seed),
+            **({"rank_stability": pd.concat(drawn, ignore_index=True)} if drawn else {}),
         },
     )
     card = timer.stage("scorecard", lambda _: _scorecard(whole.test, parts, tables["attack"], settings))
@@ -185,6 +188,7 @@ class _Studied:
     outcome: Sweep
     probe_table: pd.DataFrame
     ranking_table: pd.DataFrame
+    drawn: RankStability | None
 
 
 def _studied(
@@ -202,7 +206,8 @@ def _studied(
     seed, name = settings.seed, f" {component}" if len(settings.sites) > 1 else ""
     probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed))
     evaluations = timer.stage(f"controls{name}", lambda _: _evaluated(probes, recorded, train, test, seed))
-    rankings = timer.stage(f"rank{name}", lambda _: _rankings(recorded.train, probes, settings))
+    rankings = timer.stage(f"rank{name}", lambda _: _rankings(classifier, train, recorded.train, probes, settings))
+    drawn = timer.stage(f"rank again{name}", lambda step: _drawn(recorded.train, probes, settings, step))
     rivals = [ranking for ranking in rankings if ranking.method in settings.rivals]
     outcome = timer.stage(
         f"sweep{name}",
@@ -225,12 +230,32 @@ def _studied(
         outcome,
         _probe_table(evaluations, component, recorded.train.n_layers, len(classifier.labels), seed),
         pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
+        drawn,
     )
 
 
-def _rankings(train: Activations, probes: Probes, settings: Settings) -> list[Ranking]:
+def _rankings(
+    classifier: Classifier, train: Examples, recorded: Activations, probes: Probes, settings: Settings
+) -> list[Ranking]:
     methods = [RandomOrder(settings.seed) if name == "random" else name for name in settings.methods]
-    return [rank(train, probes=probes, method=method) for method in methods]
+    return [rank(recorded, method=method, probes=probes, classifier=classifier, examples=train) for method in methods]
+
+
+def _drawn(recorded: Activations, probes: Probes, settings: Settings, step: Progress) -> RankStability | None:
+    """Return the ranks of many draws by the first method; None where there are none to be had, or none are wanted."""
+    method = METHODS[settings.methods[0]]
+    if settings.rank_draws == 0:
+        return None
+    if runs_the_model(method):
+        log.info("Rankings by %s are not made again: every draw would run the model.", method.name)
+        return None
+    try:
+        return rank_stability(
+            recorded, method=method, probes=probes, draws=settings.rank_draws, seed=settings.seed, progress=step
+        )
+    except ConvergenceError as error:  # of one draw, for which a study need not end
+        log.warning("%s The study goes on without draws.", error)
+        return None
 
 
 def _evaluated(
@@ -280,6 +305,7 @@ def _scorecard(
             ranking_table=part.ranking_table,
             sweep=part.outcome,
             method=settings.methods[0],
+            rank_stability=None if part.drawn is None else part.drawn.figures(),
             seed=settings.seed,
         )
         for part in parts

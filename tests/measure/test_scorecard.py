@@ -80,6 +80,7 @@ def test_the_scorecard_has_every_section_and_is_strict_json(study):
         "faithfulness": {"quality", "best", "overall", "best_overall"},
         "redundancy": {"removable", "sufficient"},
         "specialisation": {"overlap", "overlap_chance", "recall_drop", "specificity", "asymmetry"},
+        "rank_stability": set(),
         "vulnerability": {"logit_shift", "head_edit", "head_edit_random", "weight_noise"},
     }
     assert set(card["stability"]["area"]["all"]["0"]["top"]) == {"value", "low", "high", "n", "unit"}
@@ -103,6 +104,12 @@ def test_the_scorecard_names_the_best_of_several_rankings(study):
     best = card["faithfulness"]["best"]["all"]["0"]
     assert (best["method"], best["second"], best["lead"]["unit"]) == ("cumulative-mass", "linear", "share of headroom")
     assert set(card["faithfulness"]["quality"]["all"]["0"]) == {"linear", "cumulative-mass"}
+
+
+def test_the_scorecard_takes_over_the_figures_of_the_draws(study):
+    index = Figure(0.5, 0.4, 0.6, 50, "stability")
+    card = scorecard_of(**study, rank_stability={"kuncheva": {0: index}, "noise": index})
+    assert card["rank_stability"] == {"kuncheva": {"0": index.to_dict()}, "noise": index.to_dict()}
 
 
 def test_clean_figures_agree_with_scikit_learn(study):

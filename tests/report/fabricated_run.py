@@ -49,6 +49,7 @@ def build_run(
     methods: Sequence[str] = ("cumulative-mass",),
     fractions: Sequence[float] = FRACTIONS,
     draws: int = 2,
+    rank_draws: int = 0,
     title: str = "A <b>made-up</b> run",
     width: int = 64,
     components: Mapping[str, tuple[int, int]] | None = None,
@@ -57,7 +58,8 @@ def build_run(
     """Return the folder, filled with a run in which blocks before the last one are re-supplied.
 
     `components` gives layers and units of each, the blocks' output alone unless given; `model` is added to what the
-    manifest says of the model. Several methods are judged beside each other, as `_faithfulness` says.
+    manifest says of the model. Several methods are judged beside each other, as `_faithfulness` says. With
+    `rank_draws` the first was ranked again on so many draws.
     """
     shapes = dict(components or {"residual": (n_layers, width)})
     (path / "tables").mkdir(parents=True)
@@ -65,6 +67,7 @@ def build_run(
         {
             "probe": _probe_table(n),
             "ranking": _ranking_table(n, labels, methods, units),
+            **({"rank_stability": _rank_stability_table(n, labels, methods[0], units)} if rank_draws else {}),
             "sweep": _sweep_table(n, labels, scopes, methods, fractions, draws, units, component),
         }
         for component, (n, units) in shapes.items()
@@ -87,6 +90,9 @@ def build_run(
     if len(methods) > 1:
         for component, (n, _) in shapes.items():
             cards[component]["faithfulness"] = _faithfulness(range(n), methods, component)
+    if rank_draws:
+        for component, (n, _) in shapes.items():
+            cards[component]["rank_stability"] = _rank_stability(range(n), labels, rank_draws)
     further = {
         component: {
             section: part for section, part in card.items() if section not in ("format", "clean", "vulnerability")
@@ -236,6 +242,34 @@ def _faithfulness(layers: range, methods: Sequence[str], component: str) -> dict
         "overall": {"all": overall},
         "best_overall": {"all": best},
     }
+
+
+def _rank_stability(layers: range, labels: Sequence[str], draws: int) -> dict[str, Any]:
+    """Each block is more stable than the one before it, each class less than all, and ties hide half of that."""
+
+    def index(value: float) -> dict[str, Any]:
+        return figure(value, 0.03, "stability", draws)
+
+    def of_class(more: float) -> dict[str, Any]:
+        return {
+            str(k): {label: index(0.3 + 0.1 * k + more - 0.05 * i) for i, label in enumerate(labels)} for k in layers
+        }
+
+    bare = {"low": None, "high": None, "n": draws}
+    return {
+        "kuncheva": {str(k): index(0.4 + 0.1 * k) for k in layers},
+        "kuncheva_of_class": of_class(0.0),
+        "nogueira": {str(k): index(0.7 + 0.1 * k) for k in layers},
+        "nogueira_of_class": of_class(0.3),
+        "settled": {str(k): bare | {"value": 2.0 + k, "unit": "units", "note": "of 6"} for k in layers},
+        "noise": bare | {"value": 0.16, "unit": "stability", "note": "expected of units that are all noise"},
+    }
+
+
+def _rank_stability_table(n_layers: int, labels: Sequence[str], method: str, width: int) -> pd.DataFrame:
+    ranking = _ranking_table(n_layers, labels, (method,), width).drop(columns="score")
+    low, high = (ranking["rank"] - 2).clip(lower=0), ranking["rank"] + 3
+    return ranking.assign(median=ranking["rank"], low=low, high=high, k=6, top_probability=0.5, draws=50)
 
 
 def _agreement_table(n_layers: int, labels: Sequence[str], methods: Sequence[str], component: str) -> pd.DataFrame:

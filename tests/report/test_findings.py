@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from fabricated_run import N, build_run, change_json, figure
+from fabricated_run import UNUSED, N, build_run, change_json, figure
 
 from synapse.report import summary_lines
 from synapse.report.findings import key_numbers, resupplied
@@ -161,6 +161,45 @@ def test_where_the_best_ranking_is_no_better_than_chance_none_is_called_faithful
 
     assert sentence.startswith("None of 2 rankings can be told from a random order: removing the units that the best, ")
     assert "does not beyond doubt cost more of what there is to lose" in sentence
+
+
+def drawn_run(path: Path, **shape: object) -> Path:
+    return build_run(path, rank_draws=50, **shape)  # type: ignore[arg-type]
+
+
+def test_a_ranking_that_was_made_again_is_said_to_be_stable_or_not(tmp_path: Path) -> None:
+    sentence = summary_lines(drawn_run(tmp_path / "run"))[3]
+
+    assert sentence == (
+        "Ranked again by cumulative-mass on 50 draws of the training examples, the highest tenth of the units comes "
+        "out the same in part at block 2: Kuncheva's index is 0.60 [0.57, 0.63] (1: always the same; 0.16: as units "
+        "that are all noise would), and 4 of 6 units are there in 95 % of the draws or more; it is lowest at block 0, "
+        "0.40."
+    )
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (0.9, "nearly the same"),
+        (0.3, "mostly different"),
+        (0.18, "no more alike than noise would"),  # its interval begins at 0.15
+    ],
+)
+def test_how_much_alike_rankings_are_is_said_beside_what_noise_would_give(
+    tmp_path: Path, index: float, words: str
+) -> None:
+    run = drawn_run(tmp_path / "run")
+    change_json(run / "scorecard.json", ["rank_stability", "kuncheva", "2"], figure(index, 0.03))
+
+    assert f"comes out {words} at block 2" in summary_lines(run)[3]
+
+
+def test_a_ranking_without_an_order_has_no_sentence_on_its_stability(tmp_path: Path) -> None:
+    run = drawn_run(tmp_path / "run", n_layers=1)
+    change_json(run / "scorecard.json", ["rank_stability", "kuncheva", "0"], UNUSED)
+
+    assert not [line for line in summary_lines(run) if "Ranked again" in line]
 
 
 def test_the_redirect_that_is_named_is_the_smallest_one(run_folder: Path) -> None:

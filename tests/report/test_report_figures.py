@@ -155,6 +155,29 @@ def test_a_pair_without_an_order_is_left_blank(tmp_path: Path) -> None:
     assert (cells.z[0][1], cells.text[0][1]) == (None, "")
 
 
+def test_rank_stability_is_drawn_for_all_classes_and_each_beside_what_noise_would_give(tmp_path: Path) -> None:
+    panel = figures.rank_stability(open_run(build_run(tmp_path / "run", labels=("ham", "spam"), rank_draws=50)))
+
+    tenth, by_score = panel.figures[0,], panel.figures[1,]
+    assert [trace.name for trace in tenth.data] == ["all classes", "ham", "spam"]
+    assert [trace.y for trace in tenth.data] == [
+        pytest.approx((0.4, 0.5, 0.6)),
+        pytest.approx((0.3, 0.4, 0.5)),
+        pytest.approx((0.25, 0.35, 0.45)),
+    ]
+    assert by_score.data[0].y == pytest.approx((0.7, 0.8, 0.9))
+    assert [shape.y0 for shape in tenth.layout.shapes] == [0.16]
+    assert panel.choices[0].options == ("the highest tenth", "those of it by their score alone")
+    assert panel.numbers is not None
+    assert panel.numbers.rows[2] == ("2", "0.600 [0.570, 0.630], n = 50", "0.900 [0.870, 0.930], n = 50", "4 of 6")
+
+
+def test_a_run_without_draws_says_so(run_folder: Path) -> None:
+    panel = figures.rank_stability(open_run(run_folder))
+
+    assert panel.missing.startswith("The ranking was not made again on other draws of the examples.")
+
+
 def test_searched_and_random_redirects_stand_side_by_side(run_folder: Path) -> None:
     shown = figures.redirect(open_run(run_folder)).shown
 
@@ -190,10 +213,15 @@ def test_class_names_are_escaped_in_every_figure(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "section", ["clean", "probe", "stability", "faithfulness", "redundancy", "specialisation", "vulnerability"]
+    "section",
+    [
+        *("clean", "probe", "stability", "faithfulness", "redundancy", "specialisation"),
+        "rank_stability",
+        "vulnerability",
+    ],
 )
 def test_a_missing_section_of_the_scorecard_breaks_no_figure(tmp_path: Path, section: str) -> None:
-    run = build_run(tmp_path / "run", methods=THREE)
+    run = build_run(tmp_path / "run", methods=THREE, rank_draws=50)
     change_json(run / "scorecard.json", [section], ...)
 
     panels = figures.panels(open_run(run))
@@ -211,7 +239,7 @@ def test_a_missing_section_of_the_scorecard_breaks_no_figure(tmp_path: Path, sec
     ],
 )
 def test_a_missing_table_costs_its_figures_only(tmp_path: Path, table: str, lost: set[str]) -> None:
-    run = build_run(tmp_path / "run", methods=THREE)
+    run = build_run(tmp_path / "run", methods=THREE, rank_draws=50)
     (run / "tables" / f"{table}.parquet").unlink()
 
     panels = figures.panels(open_run(run))
@@ -221,7 +249,7 @@ def test_a_missing_table_costs_its_figures_only(tmp_path: Path, table: str, lost
 
 def test_seven_classes_and_twelve_blocks_fit(tmp_path: Path) -> None:
     labels = [f"class {i} with quite a long name" for i in range(7)]
-    run = open_run(build_run(tmp_path / "run", n_layers=12, labels=labels, methods=THREE))
+    run = open_run(build_run(tmp_path / "run", n_layers=12, labels=labels, methods=THREE, rank_draws=50))
 
     titles = [note.text for note in figures.ablation(run).figures[0, 0].layout.annotations]
 
@@ -258,7 +286,8 @@ def test_every_component_and_readout_has_all_figures_and_names_no_rows_that_it_h
 ) -> None:
     shape = {component: (1 if component == "pooler" else 2, 32)}
     scopes = ("readout", "readout-onward", "all")
-    path = build_run(tmp_path / "run", components=shape, scopes=scopes, methods=THREE, model={"readout": readout})
+    model = {"readout": readout}
+    path = build_run(tmp_path / "run", components=shape, scopes=scopes, methods=THREE, rank_draws=50, model=model)
     run = open_run(path)
 
     panels = {panel.key: panel for panel in figures.panels(run)}

@@ -7,7 +7,7 @@ from fabricated_run import as_before_components, build_run, change_json
 
 from synapse.report import write_report
 from synapse.report.figures import headroom
-from synapse.report.html import figures_json, judged_rankings, top_units, unbroken
+from synapse.report.html import TopUnit, figures_json, judged_rankings, top_units, unbroken
 from synapse.report.run import open_run
 
 
@@ -240,7 +240,7 @@ def test_every_figure_has_a_caption_and_every_missing_one_a_sentence(run_folder:
     page = Page(write_report(run_folder))
 
     tags = [tag for tag, _ in page.elements]
-    assert tags.count("figure") == 12  # eleven panels and the table of units
+    assert tags.count("figure") == 13  # twelve panels and the table of units
     assert tags.count("figcaption") == 8
     assert page.text.count("The run folder has no sweep table with ranked units. This figure is left out.") == 2
 
@@ -311,7 +311,27 @@ def test_top_units_are_the_first_ten_of_each_ranking(run_folder: Path) -> None:
     assert len(found) == 3 * 4  # blocks; all classes and three of them
     first = found[0]
     assert (first.layer, first.label, len(first.units)) == (0, "all classes", 10)
-    assert first.units[:2] == ((0, "1.000"), (7, "0.500"))
+    assert first.units[:2] == (TopUnit(0, "1.000"), TopUnit(7, "0.500"))
+
+
+def test_units_of_a_ranking_that_was_made_again_stand_with_the_places_they_took(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", methods=("cumulative-mass", "probeless"), rank_draws=50)
+
+    found = top_units(open_run(run))
+    text = words_of(write_report(run))
+
+    assert [unit.ranks for unit in found[0].units[:4]] == ["1–4", "1–5", "1–6", "2–7"]
+    assert not any(unit.ranks for row in found if row.method == "probeless" for unit in row.units)
+    assert "was made again on 50 draws of the examples that chose the units" in text
+    assert "the places that it took in 95 % of them" in text
+    assert "Would the ranking come out the same tomorrow?" in text
+
+
+def test_a_page_without_draws_tells_of_none(run_folder: Path) -> None:
+    text = words_of(write_report(run_folder))
+
+    assert "was made again on" not in text
+    assert "places that it took" not in text
 
 
 def test_a_number_and_its_interval_stay_on_one_line() -> None:

@@ -1,5 +1,6 @@
 """All figures of one study in one dictionary (`scorecard.json`), and the table of its sweep."""
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -52,11 +53,13 @@ def component_figures(
     ranking_table: pd.DataFrame,
     sweep: Sweep,
     method: str | None = None,
+    rank_stability: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return the figures of one component, measured on the examples of its sweep and of the tables given.
 
-    Tables have the columns of docs/run-folder.md. `method` is the ranking that was swept in full.
+    Tables have the columns of docs/run-folder.md. `method` is the ranking that was swept in full, `rank_stability` the
+    figures of its draws, where there are any.
 
     Raises
     ------
@@ -69,6 +72,7 @@ def component_figures(
         "faithfulness": _plain(faithfulness(sweep, seed=seed)),
         "redundancy": _plain(redundancy(sweep, method=method, seed=seed)),
         "specialisation": _plain(specialisation(sweep, ranking_table, method=method, seed=seed)),
+        "rank_stability": _plain(rank_stability or {}),
     }
 
 

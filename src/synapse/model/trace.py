@@ -228,6 +228,9 @@ def _at_rows(
     examples: Int[Tensor, "chosen"],
     rows: Int[Tensor, "chosen"],
 ) -> Tensor:
+    if example_axis is not None and len(token_axes) == 1:  # at once, and no other row is copied
+        axes = example_axis, token_axes[0]
+        return tensor.movedim(axes, (0, 1))[examples, rows].unsqueeze(1).movedim((0, 1), axes).contiguous()
     tensor = tensor.clone() if example_axis is None else tensor.index_select(example_axis, examples)
     for axis in token_axes:
         if example_axis is not None:

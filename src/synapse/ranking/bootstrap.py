@@ -94,8 +94,8 @@ class RankStability:
 
     def settled(self, layer: int, label: str = GLOBAL) -> Figure:
         """Return how many units are among the first k with a probability of `SETTLED` or more."""
-        number = int((self.top_probability[layer, self.ranking.row(label)] >= SETTLED).sum())
-        return Figure(number, None, None, self.draws, "units", f"of {self.k}")
+        number = (self.top_probability[layer, self.ranking.row(label)] >= SETTLED).sum()
+        return Figure(float(number), None, None, self.draws, "units", f"of {self.k}")
 
     def figures(self) -> dict[str, object]:
         """Return the figures of all layers, over all classes and for each: the section of a scorecard."""

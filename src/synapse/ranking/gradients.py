@@ -172,8 +172,9 @@ class IntegratedGradients(GradientMethod):
     quadrature with so many `steps`, each a pass forward and back of what lies above the layer.
 
     Invariant (completeness): the attributions of an example to the units of a layer add up to z_c(x) - z_c(x'). The
-    path from `zero` crosses the place where a layer norm that follows has no direction, so that blocks that begin with
-    one need many more steps; the path from the `mean` does not.
+    path from `zero` crosses the place where a layer norm that follows has no direction, so that it needs more steps,
+    many more where blocks begin with one; on the path from the `mean`, 8 steps gave what 32 did, but for 1e-6 of the
+    largest score (6 layers of width 384, news).
 
     Source: Sundararajan et al. (ICML 2017), arXiv 1703.01365, in layer space as in Dai et al. (ACL 2022),
     arXiv 2104.08696.
@@ -181,8 +182,8 @@ class IntegratedGradients(GradientMethod):
 
     _: KW_ONLY
     baseline: Baseline = "mean"
-    steps: int = 16
-    examples: int | None = 128
+    steps: int = 8
+    examples: int | None = 64
 
     @property
     def name(self) -> str:
@@ -290,11 +291,14 @@ class InputPathMethod(GradientMethod):
     token is a matter of texts. It is cut into so many `steps`, short ones at its ends: as long as the weights of
     Gauss-Legendre quadrature, at whose nodes, one in each, the gradient is taken by a pass forward and back that gives
     all layers. Gradients are not taken at 0 itself, where a layer norm may have a pole.
+
+    States turn sharply near 0, so that values, rather than orders, want many steps: in an encoder of 6 layers of width
+    384 (news), 32 steps differed from 64 by 0.06 to 0.22 of a layer's largest conductance.
     """
 
     _: KW_ONLY
     steps: int = 32
-    examples: int | None = 128
+    examples: int | None = 64
 
 
 @dataclass(frozen=True)

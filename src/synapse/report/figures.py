@@ -59,6 +59,8 @@ SCOPE_MARKS = {
 }
 AGREEMENTS = {"tau": "Kendall's tau", "rbo": "rank-biased overlap", "jaccard": "Jaccard of the top tenths"}
 """The columns of the table of agreement that are drawn, and what they are called."""
+STABILITIES = {"kuncheva": "the highest tenth", "nogueira": "those of it by their score alone"}
+"""The indices of rank stability, and the units whose agreement each measures."""
 SERIES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 """Marker symbols: a series is told by its symbol as well as by its colour."""
 
@@ -117,6 +119,7 @@ def panels(run: Run) -> list[Panel]:
         overlap(run),
         faithfulness(run),
         agreement(run),
+        rank_stability(run),
         *of_the_model,
         probe(run),
     ]
@@ -315,6 +318,59 @@ def agreement(run: Run) -> Panel:
     )
     n_methods = len(set(pairs["method"]) | set(pairs["other"]))
     return replace(panel, figures=drawn, choices=choices, most=330 + 110 * n_methods)
+
+
+def rank_stability(run: Run) -> Panel:
+    """Return how far the highest units of the first ranking stay the same when the examples are drawn again."""
+    panel = Panel(
+        "rank-stability",
+        "Would the ranking come out the same tomorrow?",
+        "How much alike the highest tenths of the units are when the ranking is made again on other draws of the "
+        "training examples: 1 means always the same units, 0 as alike as random sets; draws share examples, so units "
+        "that are all noise would lie at the dotted line. Where a ranking gives a score to fewer units than a tenth, "
+        "the rest of the tenth is filled by chance; the second choice counts only units that their scores put there.",
+        wide=480,
+    )
+    found = [_stability_by_layer(run, index) for index in STABILITIES]
+    if not any(figures for lines in found for figures in lines.values()):
+        return _without(panel, "The ranking was not made again on other draws of the examples.")
+    noise = run.figure("rank_stability", "noise")
+    drawn: dict[tuple[int, ...], go.Figure] = {}
+    for choice, lines in enumerate(found):
+        drawn[(choice,)] = shown = new_figure(400, run.wording.unit_of_depth, "agreement of the draws")
+        for index, (label, figures) in enumerate(lines.items()):
+            colour = f"var(--class-{(index - 1) % 8})" if label else "var(--ink)"
+            name = _name(label) if label else EVERY
+            _line(shown, run, figures, name, colour, SERIES[index % len(SERIES)], dash="dot" if label else "solid")
+        if noise is not None and noise.value is not None:
+            level(shown, noise.value, "units that are all noise")
+        _block_axis(shown, run)
+        shown.update_yaxes(range=[0, 1.03])
+    rows = tuple(
+        (
+            f"{layer}",
+            *(measured(lines[""][layer], 3) if layer in lines[""] else "–" for lines in found),
+            f"{settled.value:.0f} {settled.note}" if settled and settled.value is not None else "–",
+        )
+        for layer in range(run.n_layers)
+        for settled in [run.figure("rank_stability", "settled", layer)]
+    )
+    columns = (run.wording.unit_of_depth, *STABILITIES.values(), "units there in 95 % of the draws or more")
+    choices = (Choice("Units", tuple(STABILITIES.values())),)
+    return replace(panel, figures=drawn, choices=choices, numbers=Numbers(columns, rows))
+
+
+def _stability_by_layer(run: Run, index: str) -> dict[str, dict[int, Figure]]:
+    """Return an index of rank stability by label, that over all classes first, and layer."""
+    of_class = {
+        label: {
+            layer: figure
+            for layer in range(run.n_layers)
+            if (figure := run.figure("rank_stability", f"{index}_of_class", layer, label)) and figure.value is not None
+        }
+        for label in run.labels
+    }
+    return {"": _by_layer(run, "rank_stability", index), **of_class}
 
 
 def redirect(run: Run) -> Panel:

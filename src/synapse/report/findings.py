@@ -1,7 +1,7 @@
 """What a run shows, in sentences made from its numbers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synapse.report.run import Run, open_run
@@ -34,7 +34,7 @@ class KeyNumber:
 
 
 def summary_lines(run: Path, component: str | None = None) -> list[str]:
-    """Return about five sentences on a run folder: accuracy, scopes, concentration, rankings, classes, redirection.
+    """Return about six sentences on a run folder: accuracy, scopes, concentration, rankings, classes, redirection.
 
     They are about one component, the first of the study unless one is named; redirection is of the whole model and
     stands with the first. A sentence is left out where its numbers were not measured.
@@ -49,7 +49,7 @@ def summary_lines(run: Path, component: str | None = None) -> list[str]:
 def sentences(run: Run) -> list[str]:
     """Return the sentences of `summary_lines` for an open run."""
     made = (
-        *(_accuracy(run), _scopes(run), _concentration(run), _rankings(run), _classes(run)),
+        *(_accuracy(run), _scopes(run), _concentration(run), _rankings(run), _rank_stability(run), _classes(run)),
         _redirection(run) if run.is_first else "",
     )
     return [text for text in made if text]
@@ -325,6 +325,42 @@ def _rankings(run: Run) -> str:
         f"Of {len(overall)} rankings {best.method} is the most faithful: removing the units that it ranks highest "
         f"costs {more}, by {measured(quality)} ({where}); {beside}."
     )
+
+
+def _rank_stability(run: Run) -> str:
+    """Return how far the units that are ranked highest would be the same for other examples."""
+    found = {layer: run.figure("rank_stability", "kuncheva", layer) for layer in range(run.n_layers)}
+    values = {layer: index.value for layer, index in found.items() if index is not None and index.value is not None}
+    if not values:
+        return ""
+    last, lowest = max(values), min(values, key=lambda layer: values[layer])
+    index, settled = found[last], run.figure("rank_stability", "settled", last)
+    assert index is not None
+    noise = run.figure("rank_stability", "noise")
+    by_noise = "" if noise is None else f"; {number(noise.value)}: as units that are all noise would"
+    where = "" if run.wording.is_final else f" at {run.wording.layer(last)}"
+    text = (
+        f"Ranked again{f' by {run.method}' if run.method else ''} on {index.n} draws of the training examples, the "
+        f"highest tenth of the units comes out {_sameness(index, noise)}{where}: Kuncheva's index is "
+        f"{measured(replace(index, n=0))} (1: always the same{by_noise})"
+    )
+    if settled is not None and settled.value is not None:
+        text += f", and {settled.value:.0f} {settled.note} units are there in 95 % of the draws or more"
+    if lowest != last:
+        text += f"; it is lowest at {run.wording.layer(lowest)}, {number(values[lowest])}"
+    return text + "."
+
+
+def _sameness(index: Figure, noise: Figure | None) -> str:
+    """Return how much alike the tops of many rankings are, in words.
+
+    The bounds 0.40 and 0.75 are those that Nogueira, Sechidis & Brown (JMLR 18(174), 2018) take over from the
+    benchmarks for kappa of Fleiss, Levin & Paik.
+    """
+    value, low = index.value or 0.0, index.low or 0.0
+    if noise is not None and low <= (noise.value or 0.0):
+        return "no more alike than noise would"
+    return "nearly the same" if value > 0.75 else "the same in part" if value >= 0.40 else "mostly different"
 
 
 def _classes(run: Run) -> str:

@@ -37,14 +37,22 @@ class Link:
 
 
 @dataclass(frozen=True)
+class TopUnit:
+    """A unit, its score, and the places that it took in most draws of the examples; empty where none were made."""
+
+    unit: int
+    score: str
+    ranks: str = ""
+
+
+@dataclass(frozen=True)
 class TopUnits:
-    """The first units of one ranking."""
+    """The first units of one ranking, best first."""
 
     method: str
     layer: int
     label: str
-    units: tuple[tuple[int, str], ...]
-    """Unit and score, best first."""
+    units: tuple[TopUnit, ...]
 
 
 @dataclass(frozen=True)
@@ -173,19 +181,30 @@ def judged_rankings(run: Run) -> list[Judged]:
 def top_units(run: Run) -> list[TopUnits]:
     """Return the first `TOP` units of every ranking, by method, layer and label (the global one first)."""
     first = run.ranking[run.ranking["rank"] < run.ranking["rank"].min() + TOP].sort_values("rank")
+    drawn = run.rank_stability[run.rank_stability["rank"] < TOP]
+    columns = (drawn[column] for column in ("method", "layer", "label", "unit", "low", "high"))
+    places = {(*unit,): _places(low, high) for *unit, low, high in zip(*columns, strict=True)}
     order = {label: index for index, label in enumerate(("", *run.labels))}
     return [
         TopUnits(
             str(method),
             int(layer),
             EVERY if label == "" else str(label),
-            tuple((int(unit), number(score, 3)) for unit, score in zip(rows["unit"], rows["score"], strict=True)),
+            tuple(
+                TopUnit(int(unit), number(score, 3), places.get((method, layer, label, unit), ""))
+                for unit, score in zip(rows["unit"], rows["score"], strict=True)
+            ),
         )
         for (method, layer, label), rows in sorted(
             first.groupby(["method", "layer", "label"], sort=False),
             key=lambda group: (*group[0][:2], order.get(group[0][2], len(order))),
         )
     ]
+
+
+def _places(low: int, high: int) -> str:
+    """Return ranks from 0 as places from 1: `1–3`."""
+    return f"{low + 1}" if low == high else f"{low + 1}–{high + 1}"
 
 
 def write_page(path: Path, template: str, title: str, context: Mapping[str, Any]) -> None:

@@ -33,6 +33,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("component", "layer", "label", "method", "other", "k", "tau"),
         *("rbo", "rbo_chance", "jaccard", "jaccard_chance", "p", "p_adjusted"),
     ),
+    "rank_stability": (
+        *("component", "method", "layer", "label", "rank", "unit", "median"),
+        *("low", "high", "k", "top_probability", "draws"),
+    ),
     "sweep": (*CELL_COLUMNS, "n", "accuracy", "accuracy_low", "accuracy_high", "drop"),
     "attack": (
         "attack",
@@ -203,6 +207,11 @@ class Run:
     def agreement(self) -> pd.DataFrame:
         """One row per layer, label and pair of ranking methods."""
         return self._of_component("agreement")
+
+    @cached_property
+    def rank_stability(self) -> pd.DataFrame:
+        """One row per layer, label and unit of the ranking that was made again; empty where none was."""
+        return self._of_component("rank_stability")
 
     @cached_property
     def sweep(self) -> pd.DataFrame:
