@@ -265,7 +265,10 @@ def _evaluated(
     train_types, test_types = input_types(train, test, seed=seed)
     train_control, test_control = control_targets(train_types, test_types, recorded.train.targets, seed=seed)
     controls = refit_probes(probes, recorded.train, train_control)
-    return evaluate_probes(probes, controls, recorded.test, test_control)
+    # A model that says one thing of all examples has no decision to probe for.
+    decides = len(np.unique(recorded.train.logits.argmax(axis=1))) > 1
+    of_model = fit_probes(recorded.train, seed=seed, target="model") if decides else None
+    return evaluate_probes(probes, controls, recorded.test, test_control, of_model)
 
 
 def _probe_table(

@@ -484,3 +484,17 @@ def test_controls_that_do_not_fit_are_refused():
     )
     with pytest.raises(SplitError, match=r"^The probes are to be evaluated on the examples that they were fitted on"):
         compare_with_control("shuffled", probes, train, [probes])
+
+
+def test_a_probe_of_the_predictions_stands_beside_that_of_the_labels():
+    train, test = planted(), planted(90, seed=1, source="test")
+    probes, of_model = fit_probes(train), fit_probes(train, target="model")
+    evaluations = evaluate_probes(probes, refit_probes(probes, train), test, test.targets, of_model)
+
+    for layer, evaluation in enumerate(evaluations):
+        said = of_model[layer].predict(test.values[layer])
+        expected = accuracy_score(test.logits.argmax(axis=1), said)
+        assert evaluation.values()["model_accuracy"] == pytest.approx(expected)
+        assert evaluation.values()["accuracy"] == pytest.approx(
+            accuracy_score(test.targets, probes[layer].predict(test.values[layer]))
+        )

@@ -11,7 +11,7 @@ from synapse.measure.intervals import figure, macro_f1_figure, rate, resample
 from synapse.measure.outcomes import confusion
 from synapse.types import Figure
 
-RATES = ("accuracy", "control_accuracy", "model_agreement")
+RATES = ("accuracy", "control_accuracy", "model_agreement", "model_accuracy")
 
 
 def probe_rows(

@@ -113,6 +113,8 @@ class ProbeEvaluation:
     gradient_norm: float
     nonzero_units: int
     """Units with a weight other than 0 for some label."""
+    predicted_model: Int[np.ndarray, "example"] | None = None
+    """What a probe that was fitted to the classifier's own predictions said, where there is one."""
 
     @property
     def correct(self) -> Bool[np.ndarray, "example"]:
@@ -135,12 +137,15 @@ class ProbeEvaluation:
         `selectivity` is the difference of the two probes on the same example, so its interval is paired.
         """
         correct, control_correct = self.correct.astype(np.float64), self.control_correct.astype(np.float64)
-        return {
+        found = {
             "accuracy": correct,
             "control_accuracy": control_correct,
             "selectivity": correct - control_correct,
             "model_agreement": self.agrees.astype(np.float64),
         }
+        if self.predicted_model is not None:
+            found["model_accuracy"] = (self.predicted_model == self.model_predictions).astype(np.float64)
+        return found
 
     def values(self) -> dict[str, float]:
         """Return every measure of the probe table by name."""
@@ -158,8 +163,12 @@ def evaluate_probes(
     controls: Probes,
     activations: Activations,
     targets: Int[np.ndarray, "example"],
+    of_model: Probes | None = None,
 ) -> tuple[ProbeEvaluation, ...]:
     """Return one evaluation a layer on test activations; `targets` are the control targets of the test part.
+
+    `of_model` are probes fitted to the classifier's own predictions: what a layer holds of the labels then stands
+    beside what it holds of the decision.
 
     Raises:
         SplitError: the probes were fitted on these very examples.
@@ -177,6 +186,9 @@ def evaluate_probes(
             penalty=probe.penalty,
             gradient_norm=probe.gradient_norm,
             nonzero_units=int(np.any(probe.weights != 0.0, axis=0).sum()),
+            predicted_model=None
+            if of_model is None
+            else of_model[probe.layer].predict(activations.values[probe.layer]),
         )
         for probe in probes.probes
     )

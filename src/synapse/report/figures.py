@@ -460,12 +460,14 @@ def probe(run: Run) -> Panel:
         "probe",
         "What can be read" + (" there" if words.is_final else " at each block"),
         f"Accuracy of a linear probe on {words.state}, of the same probe on control labels, and their "
-        "difference (selectivity), with 95 % intervals. A probe shows what can be read, not what the "
+        "difference (selectivity), with 95 % intervals; beside it that of a probe of the model's own predictions, at "
+        "these. A probe shows what can be read, not what the "
         f"model uses: compare with the headroom of the same {words.unit_of_depth}." + _convergence(run),
         wide=480,
     )
     lines = {
         "accuracy": ("probe", "var(--readout)", "circle", "solid"),
+        "model_accuracy": ("probe of the model's predictions", "var(--all)", "triangle-up", "dot"),
         "selectivity": ("selectivity", "var(--onward)", "diamond", "solid"),
         "control_accuracy": ("probe on control labels", "var(--random)", "square", "dash"),
     }
@@ -473,6 +475,7 @@ def probe(run: Run) -> Panel:
     if not found["accuracy"]:
         return _without(panel, "The scorecard has no probes.")
     drawn = new_figure(400, words.unit_of_depth, "share of test examples")
+    lines = {measure: line for measure, line in lines.items() if found[measure]}  # older runs have fewer
     for measure, (name, colour, symbol, dash) in lines.items():
         _line(drawn, run, found[measure], name, colour, symbol, dash=dash)
     accuracy = run.figure("clean", "accuracy")
@@ -480,7 +483,7 @@ def probe(run: Run) -> Panel:
         level(drawn, accuracy.value, "the classifier itself")
     _block_axis(drawn, run)
     drawn.update_yaxes(rangemode="tozero")
-    numbers = {lines[measure][0]: figures for measure, figures in found.items()}
+    numbers = {name: found[measure] for measure, (name, *_) in lines.items()}
     numbers["macro-F1 of the probe"] = _by_layer(run, "probe", "macro_f1")
     return replace(panel, figures={(): drawn}, numbers=_numbers(run, numbers))
 
