@@ -255,6 +255,18 @@ def test_a_large_working_set_goes_to_the_first_order_solver(monkeypatch):
     np.testing.assert_allclose(found.weights, expected.weights, atol=1e-4)
 
 
+def test_what_newton_does_not_finish_the_first_order_solver_does(monkeypatch):
+    x, y = overlapping_classes(n=200, d=40)
+    expected = solve(x, y, n_labels=3, penalty=0.001)
+    monkeypatch.setattr(solver_module, "_MOST_STEPS", 2)
+
+    found = solve(x, y, n_labels=3, penalty=0.001)
+
+    assert found.converged
+    assert found.iterations > 2
+    np.testing.assert_allclose(found.weights, expected.weights, atol=1e-4)
+
+
 @pytest.mark.parametrize("weights", [[-1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [np.nan, 1.0, 1.0]])
 def test_example_weights_that_mean_nothing_are_refused(weights):
     with pytest.raises(DataError, match="Example weights are negative, not finite or all 0"):

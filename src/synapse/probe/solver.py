@@ -16,16 +16,18 @@ How it is solved:
   products with X, and the model of the solution that they start from.
 - without one, by L-BFGS in the eigenvectors of X^T X, scaled so that all curvatures are alike: the l2 norm does not
   mind the rotation.
-- where the working set is so large that its matrix would be dear, by L-BFGS-B (Byrd, Lu, Nocedal & Zhu, SIAM J. Sci.
-  Comput. 16, 1995) over W = P - M with P, M >= 0 (Schmidt, Fung & Rosales, ECML 2007).
+- where the working set is so large that its matrix would be dear, or the steps do not get there, by L-BFGS-B (Byrd, Lu,
+  Nocedal & Zhu, SIAM J. Sci. Comput. 16, 1995) over W = P - M with P, M >= 0 (Schmidt, Fung & Rosales, ECML 2007).
 
 What any of them says of itself is not believed: the certificate is worked out afresh from W and b, over all units.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import Lock
 
 import numpy as np
 import torch
@@ -51,6 +53,8 @@ LARGEST_MODEL = 1500
 
 _ENTERING = 30
 """Weights that may enter the working set at a time; a third of what it has already, if that is more."""
+
+_ONE_AT_A_TIME = Lock()
 
 _MOST_STEPS = 60
 
@@ -421,6 +425,10 @@ def _newton(problems: _Problems, point: _Point, tolerance: float, max_iterations
             model.step(part.l1, at, slope, direction, row, precision=1e-4 * min(1.0, norm))
             steps[problem] += 1
         slope = _line_search(part, point, running, at, slope, direction)
+    else:
+        left = running[problems.take(running).norm(point.take(running), slope) > tolerance]
+        for row in left.tolist():
+            steps[row] += _first_order(problems, point, row, tolerance, max_iterations - steps[row])
     return steps
 
 
@@ -460,6 +468,15 @@ def _line_search(
         step = torch.where(falls, step, step / 2)
     point.weights[running], point.intercept[running] = moved.weights, moved.intercept
     return found
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let scikit-learn stop early without a word: a rough minimum will do for a step, and the certificate decides."""
+    # Python keeps its filters of warnings for all threads, and layers are fitted in several.
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -548,9 +565,7 @@ class _Model:
         """Return the minimum by scikit-learn's coordinate descent."""
         # The model as a lasso: |target - columns w|^2 / 2 has this curvature and this pull.
         target = solve_triangular(self.root, pull, lower=True)
-        with config_context(assume_finite=True), warnings.catch_warnings():
-            # A rough minimum is good enough for a step; the certificate decides.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with config_context(assume_finite=True), _without_warnings():
             _, path, _ = enet_path(
                 np.asfortranarray(self.root.T),
                 target,
@@ -676,8 +691,7 @@ def _by_scikit_learn(problems: _Problems, point: _Point, row: int, tolerance: fl
     regression = LogisticRegression(
         C=1 / (one.l1 + l2), l1_ratio=one.l1 / (one.l1 + l2), solver="saga", tol=1e-3 * tolerance, max_iter=20_000
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the certificate says so
+    with _without_warnings():
         regression.fit(one.x.T.cpu().numpy(), classes, sample_weight=one.weight[0].cpu().numpy())
     weights, intercept = regression.coef_, regression.intercept_
     if binary:
