@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep clean
+.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep bench-probe clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -37,7 +37,7 @@ architectures: $(STAMP)
 figures: demo
 	$(BIN)/synapse report runs/demo/cybersecurity --figures docs/figures
 
-# The peers of the benchmarks, in an environment of their own, and the sweep against them (docs/benchmarks.md).
+# The peers of the benchmarks, in an environment of their own, and what is measured against them (docs/benchmarks.md).
 PEERS := .venv-peers
 
 bench-peers: $(PEERS)/installed
@@ -45,10 +45,15 @@ bench-peers: $(PEERS)/installed
 bench-sweep: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/sweep.py --json runs/bench-sweep.json --markdown docs/benchmarks.md
 
-$(PEERS)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+bench-probe: $(PEERS)/installed
+	$(PEERS)/bin/python benchmarks/probe.py --json runs/bench-probe.json --markdown docs/benchmarks.md
+
+$(PEERS)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-alone.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable . --requirement benchmarks/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--requirement benchmarks/requirements-alone.txt
 	touch $@
 
 $(STAMP): pyproject.toml constraints.txt

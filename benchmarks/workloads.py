@@ -293,9 +293,9 @@ def vision(scale: Scale, place: Place, n: int) -> Setting:
     return Setting(classifier, syn.Examples(inputs, _some_labels(n), "benchmark"), words)
 
 
-def news_texts(n: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return texts of AG News spread over its test part, and their labels."""
-    with (SHARED / "data" / "ag_news" / "test.csv").open(encoding="utf-8", newline="") as file:
+def news_texts(n: int, part: str = "test") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return texts of AG News spread over one of its parts, and their labels."""
+    with (SHARED / "data" / "ag_news" / f"{part}.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     chosen = [rows[i * len(rows) // n] for i in range(n)]
     return tuple(row["text"] for row in chosen), tuple(row["label"] for row in chosen)

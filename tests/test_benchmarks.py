@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 import torch
 from tiny_models import bert
 
+from synapse.probe.solver import solve
+from synapse.ranking.gaussian import greedy_gaussian
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = (
+    *("command_line", "probe", "probe_workloads", "race", "results"),
+    *("sweep", "sweep_results", "timing", "workloads"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +28,14 @@ def bench():
     """The modules of the benchmark, which are scripts and no part of the package."""
     sys.path.insert(0, str(BENCHMARKS))
     yield SimpleNamespace(
-        **{name: import_module(name) for name in ("sweep", "results", "timing", "workloads")},
+        **{name: import_module(name) for name in MODULES},
         base=import_module("peers.base"),
+        side=import_module("peers.side"),
         plain=import_module("peers.plain_hooks"),
+        tasks=import_module("peers.probe_tasks"),
+        scikit_learn=import_module("peers.scikit_learn"),
+        ours_probe=import_module("peers.ours_probe"),
+        by_hand=import_module("peers.gaussian_by_hand"),
     )
     sys.path.remove(str(BENCHMARKS))
 
@@ -37,7 +50,7 @@ def peers(bench, monkeypatch):
 
     class Unwilling(bench.plain.PlainHooks):
         def __init__(self, task):
-            raise bench.base.RefusedError("such a model is unknown here")
+            raise bench.side.RefusedError("such a model is unknown here")
 
     monkeypatch.setitem(sys.modules, "stand_ins", SimpleNamespace(Idle=Idle, Unwilling=Unwilling))
     known = {"plain hooks": bench.sweep.PEERS["plain hooks"]}
@@ -92,7 +105,7 @@ def test_a_peer_that_refuses_the_model_is_listed_with_its_reason(bench, peers, t
 
 
 def test_edits_that_move_nothing_prove_nothing(bench):
-    result = bench.results.Result("w", "", 1.0, {"a": 2.0}, 2.0, 0.0, None, largest_effect=1e-3)
+    result = bench.sweep_results.SweepResult("w", "", 1.0, {"a": 2.0}, 2.0, 0.0, None, largest_effect=1e-3)
     (said,) = bench.results.problems(result, ["a"])
     assert said == "the edits move no logit by more than 1.0e-03, so that an edit left out would not show"
 
@@ -101,20 +114,20 @@ def test_predictions_count_as_changed_only_above_the_tolerance(bench):
     clean = np.zeros((2, 2), dtype=np.float32)
     reference = bench.base.Answer(np.array([[[1.0, 0.0], [1e-5, 0.0]]], dtype=np.float32), clean)
     answer = bench.base.Answer(np.array([[[0.0, 1.0], [0.0, 1e-5]]], dtype=np.float32), clean)
-    assert bench.results.changed_predictions(answer, reference, 1e-4) == 1
-    assert bench.results.equal_predictions(answer, reference) == 0
+    assert bench.sweep_results.changed_predictions(answer, reference, 1e-4) == 1
+    assert bench.sweep_results.equal_predictions(answer, reference) == 0
 
 
 def test_logits_that_are_no_numbers_agree_with_nothing(bench):
     clean = np.zeros((1, 2), dtype=np.float32)
     whole = bench.base.Answer(np.zeros((1, 1, 2), dtype=np.float32), clean)
     broken = bench.base.Answer(np.full((1, 1, 2), np.nan, dtype=np.float32), clean)
-    assert bench.results.largest_difference(broken, whole) == np.inf
+    assert bench.sweep_results.largest_difference(broken, whole) == np.inf
 
 
 def test_workloads_are_named_by_their_beginnings(bench):
     known = tuple(bench.workloads.WORKLOADS)
-    assert bench.sweep.names_of(known, "decoder,encoder-minilm") == [
+    assert bench.command_line.names_of(known, "decoder,encoder-minilm") == [
         *(name for name in known if name.startswith("decoder")),
         "encoder-minilm",
     ]
@@ -133,7 +146,7 @@ def test_every_side_runs_the_batches_and_rows_of_the_sweep(bench, name):
     assert layers == ({classifier.n_layers // 2 - 1} if name.startswith("single") else set(range(classifier.n_layers)))
     ours = bench.sweep.Ours(classifier, built.ranking, built.reference).run(task)
     plain = bench.plain.PlainHooks(task.with_own_module()).run(task)
-    assert bench.results.largest_difference(ours, plain) < 1e-5
+    assert bench.sweep_results.largest_difference(ours, plain) < 1e-5
 
 
 def test_a_module_of_its_own_shares_the_weights(bench):
@@ -167,3 +180,129 @@ def test_peak_memory_is_that_of_the_call_alone(bench):
 def test_a_failure_while_memory_is_measured_is_said(bench):
     with pytest.raises(RuntimeError, match="measure with --no-memory"):
         bench.timing.peak_mb(partial(int, "no number"), torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------------- probes
+
+
+def quick_probe(bench, file, workload, *more):
+    options = ["--quick", "--workloads", workload, "--repeats", "1", "--no-memory", "--json", str(file), *more]
+    status = bench.probe.main(options)
+    return status, json.loads(file.read_text())[0]
+
+
+@pytest.fixture(scope="module")
+def problem(bench):
+    random = np.random.default_rng(0)
+    x, targets = random.normal(size=(60, 5)), random.integers(0, 3, 60)
+    return bench.tasks.Problem(x, targets, 3, 0.05, 0.5, random.integers(0, 3, 60))
+
+
+def test_scikit_learn_comes_within_the_tolerance_of_the_certified_optimum(bench, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- probe: begin -->\nold\n<!-- probe: end -->\nafter\n")
+    status, figures = quick_probe(bench, tmp_path / "f.json", "probe-penalties", "--markdown", str(page))
+    assert status == 0
+    assert {"workload", "ours_s", "peers", "ratio_to_fastest_peer", "max_abs_diff", "peak_mb"} <= figures.keys()
+    assert figures["ratio_to_fastest_peer"] == figures["peers"]["scikit-learn saga"] / figures["ours_s"]
+    assert figures["max_abs_diff"] < figures["peer_diffs"]["scikit-learn saga"] <= 1e-6
+    assert figures["settings"]["scikit-learn saga"].endswith(" epochs")
+    assert page.read_text().startswith("before\n<!-- probe: begin -->\n| workload |")
+    assert page.read_text().endswith("<!-- probe: end -->\nafter\n")
+
+
+def test_a_fit_that_is_not_at_the_optimum_does_not_count_as_measured(bench, tmp_path, monkeypatch, capsys):
+    class Idle(bench.ours_probe.Paths):
+        def run(self, task):
+            first = task.problems[0]
+            zeros = np.zeros((first.n_labels, first.x.shape[1])), np.zeros(first.n_labels)
+            return bench.tasks.Fits((zeros,) * len(task.problems))
+
+    monkeypatch.setitem(sys.modules, "stand_ins", SimpleNamespace(Idle=Idle))
+    monkeypatch.setitem(bench.probe.PEERS, "scikit-learn lbfgs", "stand_ins:Idle")
+    status, figures = quick_probe(bench, tmp_path / "f.json", "probe-penalties-ridge")
+    assert status == 1
+    assert figures["peers"] == {}
+    said = capsys.readouterr().err
+    assert "probe-penalties-ridge: scikit-learn lbfgs failed: its answer is off by" in said
+    assert "(nats above the certified optimum)." in said
+
+
+def test_a_probe_library_that_is_not_installed_fails_the_run(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.probe.PEERS, "NeuroX", "no_such_module:Side")
+    status, figures = quick_probe(bench, tmp_path / "f.json", "probe-neurox")
+    assert status == 1
+    assert figures["ours_s"] > 0
+    assert figures["max_abs_diff"] is None  # there is nothing to compare with
+    said = capsys.readouterr().err
+    assert said == "probe-neurox: NeuroX failed: ModuleNotFoundError: No module named 'no_such_module'.\n"
+
+
+def test_a_bootstrap_is_measured_against_cold_fits_of_the_same_resamples(bench, tmp_path):
+    status, figures = quick_probe(bench, tmp_path / "f.json", "probe-bootstrap")
+    assert status == 0
+    assert list(figures["peers"]) == ["synapse, 10 cold fits"]
+    assert max(figures["max_abs_diff"], *figures["peer_diffs"].values()) < 1e-6
+
+
+def test_a_workload_without_peers_is_ours_alone(bench, tmp_path):
+    status, figures = quick_probe(bench, tmp_path / "f.json", "single-neuron-effects-512")
+    assert (status, figures["peers"], figures["ratio_to_fastest_peer"]) == (0, {}, None)
+
+
+def test_the_excess_is_measured_by_the_objective_of_the_solver(bench, problem):
+    found = solve(
+        problem.x, problem.targets, n_labels=3, penalty=0.05, example_weights=problem.counts.astype(np.float64)
+    )
+    assert problem.excess(np.zeros((3, 5)), np.zeros(3)) == np.inf  # nothing is known of the floor
+    floored = replace(problem, floor=0.0)
+    assert floored.excess(found.weights, found.intercept) == pytest.approx(found.objective, abs=1e-12)
+
+
+@pytest.mark.parametrize("enough", [0, 1, 17, 24, 60])
+@pytest.mark.parametrize("first", [0, 24, 30, 80])
+def test_the_least_epochs_that_are_enough_are_found_from_anywhere(bench, problem, monkeypatch, enough, first):
+    saga = bench.scikit_learn.Saga(bench.tasks.FitTask("", ((problem,),)))
+    monkeypatch.setattr(saga, "fitted", lambda _problem, _start, rung: (rung,))
+    monkeypatch.setattr(bench.tasks.Problem, "excess", lambda _problem, rung: 0.0 if rung >= enough else 1.0)
+    assert saga._least(problem, None, first) == (enough, (enough,))
+
+
+def test_every_way_to_a_gaussian_probe_takes_the_same_units(bench):
+    random = np.random.default_rng(4)
+    targets = random.integers(0, 3, 150)
+    values = random.normal(size=(150, 7)) + random.normal(size=(3, 7))[targets]
+    held_out = greedy_gaussian(values, targets, dimensions=1).held_out
+    task = bench.tasks.GaussianTask("", values, targets, 4, held_out)
+    sides = {"synapse": bench.ours_probe.Gaussian, "a": bench.by_hand.ScipyGaussian, "b": bench.by_hand.TorchGaussian}
+    answers = {name: side(task).run(task) for name, side in sides.items()}
+    assert answers["synapse"].units == answers["a"].units
+    assert max(task.differences(answers).values()) < 1e-12
+    other = replace(answers["synapse"], units=(0, 1, 2, 3))
+    assert task.differences(answers | {"synapse": other})["synapse"] == np.inf
+
+
+def test_effects_that_are_all_nothing_prove_nothing(bench):
+    answers = {"captum": bench.tasks.Effects(np.full((1, 2, 3), 1e-3))}
+    (said,) = bench.tasks.EffectTask.doubts(None, answers)
+    assert said == "no neuron moves a margin by more than 1.0e-03, so that one left out would not show"
+
+
+def test_a_time_may_be_given_for_a_part(bench):
+    class Halves(bench.side.Side):
+        parts = 2
+
+        def run(self, task):
+            return SimpleNamespace(seconds=3.0)
+
+    race = bench.race.Race(threads=1, repeats=1, memory=False, sides={"halves": Halves()})
+    race.run_rounds(SimpleNamespace(device=torch.device("cpu")))
+    assert race.figures()["peers"] == {"halves": 1.5}
+
+
+def test_synthetic_states_are_as_ill_conditioned_as_recorded_ones(bench):
+    made = bench.probe_workloads.synthetic(1, 2000, 40)
+    correlation = np.corrcoef(made.standardised(0), rowvar=False)
+    values = np.linalg.eigvalsh(correlation)[::-1]
+    assert values[0] / values[-1] > 300
+    assert np.linalg.matrix_rank(correlation) == 40

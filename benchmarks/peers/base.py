@@ -1,26 +1,21 @@
 """What every side of a sweep benchmark is given, and what it must give back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import timing
 import torch
 from torch import Tensor, nn
 
+from peers.side import Side
+
 TOGETHER = (1, 4)
 """Cells in one forward pass that are tried where a side has the choice; the fastest is kept."""
-
-
-class RefusedError(Exception):
-    """A peer said, when asked, that it cannot take this model; the message is the peer's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,35 +92,6 @@ class Answer:
     logits: np.ndarray
     clean: np.ndarray
     seconds: float | None = None
-
-
-class Side(ABC):
-    """One side of a benchmark, prepared for one model; whatever it prepares is outside of the timing."""
-
-    name: ClassVar[str]
-    package: ClassVar[str]
-    together = 1
-    """Cells in one forward pass, where the side has a choice."""
-
-    @classmethod
-    def version(cls) -> str:
-        """Return the version of the package that is measured."""
-        return version(cls.package)
-
-    def prepare(self, task: Task) -> None:
-        """Warm up on a small task; a side with a choice tries it here and keeps the fastest."""
-        self.run(task)
-
-    @abstractmethod
-    def run(self, task: Task) -> Answer:
-        """Return the logits: what is timed."""
-
-    def peak_mb(self, task: Task) -> float:
-        """Return the peak memory of a run, in MiB."""
-        return timing.peak_mb(partial(self.run, task), task.device)
-
-    def close(self) -> None:  # noqa: B027
-        """Undo what was prepared."""
 
 
 class Peer(Side):

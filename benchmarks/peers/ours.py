@@ -3,7 +3,8 @@
 from typing import Any, ClassVar
 
 import synapse as syn
-from peers.base import Answer, Side, Task
+from peers.base import Answer, Task
+from peers.side import Side
 
 
 class Ours(Side):

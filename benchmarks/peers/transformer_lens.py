@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from peers.base import Answer, RefusedError, Side, Task
+from peers.base import Answer, Task
+from peers.side import RefusedError, Side
 
 BENCHMARKS = Path(__file__).parents[1]
 
