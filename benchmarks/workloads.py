@@ -329,12 +329,12 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("encoder-minilm", minilm, "all", (48, 4)),
-        Workload("encoder-bert-base", partial(encoder, BERT_BASE), "all", (8, 4)),
+        Workload("encoder-bert-base", partial(encoder, BERT_BASE), "all", (24, 4)),
         Workload("encoder-last-two", minilm, "last two", (8, 4), draws=10),
         Workload("decoder-6", partial(decoder, DECODER_6), "all", (16, 2)),
-        Workload("decoder-24", partial(decoder, DECODER_24), "all", (8, 2), sizes=(0.1, 0.5, 0.9, 1.0)),
+        Workload("decoder-24", partial(decoder, DECODER_24), "all", (8, 2)),
         Workload("decoder-1b", partial(decoder, DECODER_1B), "all", (32, 2), sizes=(0.1, 0.9), needs_gpu=True),
-        Workload("vision-vit-base", partial(vision, VIT_BASE), "all", (4, 2), sizes=(0.1, 0.9)),
+        Workload("vision-vit-base", partial(vision, VIT_BASE), "all", (8, 2), sizes=(0.1, 0.9)),
         Workload("single-neuron-middle", minilm, "middle", (4, 2), single=True),
         Workload("single-neuron-last", minilm, "last", (4, 2), single=True),
     )

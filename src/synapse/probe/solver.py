@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dposv
 from scipy.optimize import Bounds, minimize
 from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
@@ -399,6 +400,7 @@ def _newton(problems: _Problems, point: _Point, tolerance: float, max_iterations
     shared: _Model | None = None
     own: dict[int, _Model] = {}
     norm_before: dict[int, float] = {}
+    x, l2 = problems.x.float(), float(problems.l2)  # single precision will do for a model
     for _ in range(min(_MOST_STEPS, max_iterations)):
         part, at = problems.take(running), point.take(running)
         norms = part.norm(at, slope)
@@ -415,12 +417,12 @@ def _newton(problems: _Problems, point: _Point, tolerance: float, max_iterations
         direction = _Point(torch.zeros_like(at.weights), torch.zeros_like(at.intercept))
         if shared is None:
             often = active.double().mean(dim=0) >= 0.1
-            shared = _Model.of(part, slope.probabilities.mean(dim=0), part.weight.mean(dim=0), often)
+            shared = _Model.of(x, slope.probabilities.mean(dim=0), part.weight.mean(dim=0), often, l2)
         for row, problem in enumerate(running.tolist()):
             model = own.get(problem, shared)
             norm = float(norms[row])
             if norm > _KEPT_BELOW * norm_before.get(problem, np.inf):
-                model = own[problem] = _Model.of(part, slope.probabilities[row], part.weight[row], active[row])
+                model = own[problem] = _Model.of(x, slope.probabilities[row], part.weight[row], active[row], l2)
             norm_before[problem] = norm
             model.step(part.l1, at, slope, direction, row, precision=1e-4 * min(1.0, norm))
             steps[problem] += 1
@@ -499,31 +501,40 @@ class _Model:
     @classmethod
     def of(
         cls,
-        problems: _Problems,
+        x: Float[Tensor, "unit example"],
         probabilities: Float[Tensor, "label example"],
         weight: Float[Tensor, "example"],
         active: Bool[Tensor, "label unit"],
+        l2: float,
     ) -> "_Model":
         label, unit = active.nonzero(as_tuple=True)
-        n_labels = problems.n_labels
-        every = torch.arange(n_labels, device=label.device)
-        rows = torch.cat([problems.x[unit], torch.ones_like(problems.x[:1]).expand(n_labels, -1)])
-        labels = torch.cat([label, every])
+        kept = weight.nonzero()[:, 0]  # of a resample, two thirds of the examples
+        x, probabilities, weight = x.index_select(1, kept), probabilities[:, kept], weight[kept]
+        n_labels = len(active)
+        ends = np.cumsum(active.sum(dim=1).tolist())
+        # Of each label: its columns and the one of its intercept, and where they stand in the matrix.
+        columns, places = [], []
+        for c, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            columns.append(torch.cat([x[unit[start:end]], torch.ones_like(x[:1])]))
+            places.append(np.append(np.arange(start, end), ends[-1] + c))
+        full = np.empty((len(label) + n_labels,) * 2)
         # The Hessian of the cross-entropy: sum_n v_n (p_c [c = c'] - p_c p_c') x_j x_j'.
-        leaning = rows * probabilities[labels] * weight.sqrt()
-        matrix = -(leaning @ leaning.T)
-        for c in range(n_labels):
-            mine = (labels == c).nonzero()[:, 0]
-            matrix[mine[:, None], mine] += (rows[mine] * (probabilities[c] * weight)) @ rows[mine].T
-        full = matrix.cpu().numpy()
+        for c, its_place in enumerate(places):
+            for other in range(c, n_labels):
+                curved = weight * probabilities[c] * (float(c == other) - probabilities[other])
+                block = ((columns[c] * curved.float()) @ columns[other].T).cpu().numpy()
+                full[np.ix_(its_place, places[other])] = block
+                full[np.ix_(places[other], its_place)] = block.T
         m = len(label)
-        # A shift of all intercepts changes nothing: without the last term there would be no inverse.
-        intercepts = np.linalg.inv(full[m:, m:] + 1e-8 * np.eye(n_labels))
+        # A shift of all intercepts changes nothing, nor does that of a label which is never probable: without the other
+        # terms there would be no inverse.
+        shifts = full[m:, m:]
+        intercepts = np.linalg.inv(shifts + float(np.diag(shifts).max()) / n_labels + 1e-8 * np.eye(n_labels))
         from_weights = intercepts @ full[m:, :m]
         curvature = full[:m, :m] - full[:m, m:] @ from_weights
         curvature = (curvature + curvature.T) / 2
         # Equal columns with no l2 part would make it singular.
-        curvature[np.diag_indices(m)] += problems.l2 + 1e-10 + 1e-9 * float(np.diag(curvature).max(initial=0.0))
+        curvature[np.diag_indices(m)] += l2 + 1e-10 + 1e-6 * float(np.diag(curvature).max(initial=0.0))
         return cls(label, unit, np.ascontiguousarray(curvature), intercepts, from_weights)
 
     def step(self, l1: float, at: _Point, slope: _Slope, direction: _Point, row: int, *, precision: float) -> None:
@@ -550,7 +561,10 @@ class _Model:
         for _ in range(_GUESSES):
             face = np.flatnonzero(signs)
             found = np.zeros_like(weights)
-            found[face] = np.linalg.solve(self.curvature[np.ix_(face, face)], pull[face] - l1 * signs[face])
+            if len(face):
+                _, found[face], failed = dposv(self.curvature[np.ix_(face, face)], pull[face] - l1 * signs[face])
+                if failed:
+                    return None
             left = pull - self.curvature[:, face] @ found[face]
             at_zero = np.where(np.abs(left) > l1 * (1 + 1e-9), np.sign(left), 0.0)
             better = np.where(signs != 0, np.where(found * signs > 0, signs, 0.0), at_zero)
