@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 PEERS = {
     "scikit-learn saga": "peers.scikit_learn:Saga",
     "scikit-learn saga, refits": "peers.scikit_learn:SagaRefits",
+    "scikit-learn saga, 10 cold fits": "peers.scikit_learn:SagaColdFits",
     "scikit-learn lbfgs": "peers.scikit_learn:Lbfgs",
     "NeuroX": "peers.neurox_probe:NeuroxProbe",
     "synapse, 10 cold fits": "peers.ours_probe:ColdFits",

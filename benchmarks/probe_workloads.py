@@ -84,16 +84,15 @@ def synthetic(n_layers: int, n: int, width: int) -> States:
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def penalties(l1_ratio: float, quick: bool) -> FitTask:
-    """Return a path of penalties for every layer."""
+def penalties(l1_ratio: float, only: int | None, quick: bool) -> FitTask:
+    """Return a path of penalties for every layer, or for one alone."""
     recorded = states(quick)
     activations = recorded.activations
     path = (np.geomspace(0.1, 0.01, 3) if quick else np.geomspace(0.1, 0.001, 10)).tolist()
-    chains = tuple(
-        _with_floors(recorded.standardised(layer), activations, path, l1_ratio)
-        for layer in range(len(activations.values))
-    )
-    size = f"{len(chains)} layers x {len(path)} penalties from {path[0]:g} to {path[-1]:g}, l1_ratio {l1_ratio:g}"
+    layers = range(len(activations.values)) if only is None else [min(only, len(activations.values) - 1)]
+    chains = tuple(_with_floors(recorded.standardised(layer), activations, path, l1_ratio) for layer in layers)
+    place = f"{len(chains)} layers" if only is None else f"layer {layers[0]}"
+    size = f"{place} x {len(path)} penalties from {path[0]:g} to {path[-1]:g}, l1_ratio {l1_ratio:g}"
     return FitTask(f"{size}, {len(activations.targets)} examples; {recorded.words}", chains)
 
 
@@ -165,7 +164,15 @@ WORKLOADS = {
     for workload in (
         Workload(
             "probe-penalties",
-            partial(penalties, 0.5),
+            partial(penalties, 0.5, None),
+            "peers.ours_probe:Paths",
+            (),
+            ABOVE,
+            WITHIN,
+        ),
+        Workload(
+            "probe-penalties-layer",
+            partial(penalties, 0.5, LAYER),
             "peers.ours_probe:Paths",
             ("scikit-learn saga",),
             ABOVE,
@@ -173,7 +180,7 @@ WORKLOADS = {
         ),
         Workload(
             "probe-penalties-ridge",
-            partial(penalties, 0.0),
+            partial(penalties, 0.0, None),
             "peers.ours_probe:Paths",
             ("scikit-learn lbfgs",),
             ABOVE,
@@ -191,7 +198,7 @@ WORKLOADS = {
             "probe-bootstrap",
             bootstrap,
             "peers.ours_probe:Resamples",
-            ("synapse, 10 cold fits",),
+            ("synapse, 10 cold fits", "scikit-learn saga, 10 cold fits"),
             ABOVE,
             WITHIN,
         ),

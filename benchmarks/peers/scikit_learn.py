@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from peers.ours_probe import COLD_FITS
 from peers.probe_tasks import Fits, FitTask, Problem
 from peers.side import Side
 
@@ -117,6 +118,22 @@ class SagaRefits(Saga):
     def setting(self) -> str:
         """How long it ran."""
         return f"mean of {REFITS}, {super().setting}"
+
+
+class SagaColdFits(Saga):
+    """The first resamples, each from nothing: two of them, with the time scaled up to what ten cost."""
+
+    taken: ClassVar[int] = 2
+    parts = taken / COLD_FITS
+
+    def part(self, task: FitTask) -> FitTask:
+        """Return the first resamples, without a start."""
+        return FitTask(task.description, task.chains[: self.taken])
+
+    @property
+    def setting(self) -> str:
+        """How long it ran."""
+        return f"scaled up from {self.taken}, {super().setting}"
 
 
 class Lbfgs(Saga):

@@ -19,7 +19,7 @@ class Side(ABC):
     package: ClassVar[str]
     together = 1
     """Parts of a task that it takes on at once, where it has a choice."""
-    parts = 1
+    parts: float = 1
     """What its time is divided by, where times are given for a part of the task."""
 
     @classmethod
