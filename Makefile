@@ -17,7 +17,7 @@ test: $(STAMP)
 # The tests that run models, with the oldest version of the model library that is supported, in an environment of its own.
 # That version compiles functions as torch no longer likes: the warning is the library's, not the project's.
 OLDEST := .venv-oldest
-OLDEST_TESTS := tests/test_architecture_table.py tests/test_recording.py tests/test_study.py tests/attack tests/cli tests/demo \
+OLDEST_TESTS := tests/test_architecture_table.py tests/recording tests/test_study.py tests/attack tests/cli tests/demo \
 	tests/model tests/perturb tests/probe tests/sweeping
 
 test-oldest: $(OLDEST)/installed

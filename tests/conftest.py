@@ -1,6 +1,7 @@
 """Shapes and types in annotations are checked while tests run."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ install_import_hook("synapse", "beartype.beartype")
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of recordings of the tests' own: nothing is written into the user's, and nothing found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SYNAPSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

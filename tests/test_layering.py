@@ -12,17 +12,21 @@ SOURCE = Path(__file__).parents[1] / "src" / "synapse"
 # room -> the rooms that it may import
 ALLOWED = {
     "errors": set(),
-    "types": set(),
+    "moments": set(),
+    "stored": {"errors"},
+    "integrity": set(),
+    "types": {"errors", "moments", "stored"},
     "data": {"errors", "types"},
     "model": {"errors", "types", "data"},
-    "recording": {"errors", "types", "data", "model"},
+    "recording": {"errors", "types", "data", "model", "moments", "stored", "integrity"},
+    "exchange": {"errors", "types", "moments", "stored", "integrity"},
     "probe": {"errors", "types", "data"},
     "ranking": {"errors", "types", "data", "model", "probe", "measure"},
     "perturb": {"errors", "types", "model"},
     "attack": {"errors", "types", "data", "model", "perturb"},
     "sweeping": {"errors", "types", "data", "model", "perturb", "ranking", "measure"},
     "measure": {"errors", "types"},
-    "store": {"errors", "types"},
+    "store": {"errors", "types", "integrity"},
     "report": {"errors", "types"},
     "settings": {"errors", "types", "attack", "ranking", "sweeping"},
     "study": {
@@ -33,7 +37,10 @@ ALLOWED = {
     "edits": {"errors", "types", "data", "model", "perturb", "ranking", "recording", "report", "sweeping"},
     "whatif": {"errors", "types", "data", "model", "perturb", "ranking", "measure", "edits"},
     "testing": {"errors", "types", "data", "model", "perturb", "probe", "ranking"},
-    "cli": {"errors", "data", "model", "settings", "study", "demo", "report", "store", "edits", "whatif"},
+    "cli": {
+        *("errors", "data", "model", "recording", "settings", "study", "demo", "report", "store", "edits", "whatif"),
+        "integrity",
+    },
 }
 
 

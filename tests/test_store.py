@@ -27,7 +27,7 @@ def test_a_run_appears_whole_and_an_old_one_is_replaced_only_when_asked(tmp_path
     with new_run(place) as draft:
         fill(draft)
         assert not place.exists()
-    assert {path.name for path in place.iterdir()} == {"scorecard.json", "manifest.json"}
+    assert {path.name for path in place.iterdir()} == {"scorecard.json", "manifest.json", "checksums.json"}
     with pytest.raises(RunFolderError, match="already holds a run"), new_run(place):
         pass
     with new_run(place, overwrite=True) as draft:

@@ -47,6 +47,9 @@ class Settings(pydantic.BaseModel):
     final: str | None = pydantic.Field(None, description="the linear map that gives the logits, where not found")
     out: Path | None = pydantic.Field(None, description="run folder to make")
     overwrite: bool = pydantic.Field(False, description="replace a run that is there")
+    cache: Path | None = pydantic.Field(
+        None, description="folder where recordings are kept and found again (none: in memory, for this study alone)"
+    )
     device: str = pydantic.Field("auto", description="auto, cpu or cuda")
     seed: int = pydantic.Field(0, ge=0, description="seed of every random choice")
     threads: int | None = pydantic.Field(None, ge=1, description="CPU threads (default: all)")

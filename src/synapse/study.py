@@ -122,7 +122,7 @@ def run_study(
     unfinished = out.with_name(f".{out.name}-sweep")
     weights_hash = classifier.weights_hash()
 
-    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings.sites, step))
+    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings, step))
     parts = [
         _studied(classifier, component, recorded[component], train, test, swept, settings, unfinished, timer)
         for component in settings.sites
@@ -172,12 +172,16 @@ class _Recorded:
 
 
 def _record_both(
-    classifier: Classifier, train: Examples, test: Examples, components: Sequence[Component], step: Progress
+    classifier: Classifier, train: Examples, test: Examples, settings: Settings, step: Progress
 ) -> dict[Component, _Recorded]:
     total = len(train) + len(test)
-    first = record_components(classifier, train, components, progress=lambda done, _: step(done, total))
-    second = record_components(classifier, test, components, progress=lambda done, _: step(len(train) + done, total))
-    return {component: _Recorded(first[component], second[component]) for component in components}
+    first = record_components(
+        classifier, train, settings.sites, keep=settings.cache, progress=lambda done, _: step(done, total)
+    )
+    second = record_components(
+        classifier, test, settings.sites, keep=settings.cache, progress=lambda done, _: step(len(train) + done, total)
+    )
+    return {component: _Recorded(first[component], second[component]) for component in settings.sites}
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +270,7 @@ def _evaluated(
     train_control, test_control = control_targets(train_types, test_types, recorded.train.targets, seed=seed)
     controls = refit_probes(probes, recorded.train, train_control)
     # A model that says one thing of all examples has no decision to probe for.
-    decides = len(np.unique(recorded.train.logits.argmax(axis=1))) > 1
+    decides = len(np.unique(recorded.train.predictions)) > 1
     of_model = fit_probes(recorded.train, seed=seed, target="model") if decides else None
     return evaluate_probes(probes, controls, recorded.test, test_control, of_model)
 
@@ -314,7 +318,7 @@ def _scorecard(
         for part in parts
     ]
     card = scorecard(
-        test_logits=test.logits,
+        test_logits=test.known_logits,
         test_targets=test.targets,
         labels=test.labels,
         attack_table=attacks,

@@ -146,7 +146,7 @@ def _check_value(one: object) -> None:
 
 
 def _arrays(activations: Activations) -> list[np.ndarray]:
-    return [activations.values.copy(), activations.logits.copy(), activations.targets.copy()]
+    return [np.array(activations.values), np.array(activations.known_logits), activations.targets.copy()]
 
 
 def _state(classifier: Classifier) -> tuple[str, dict[str, Any]]:

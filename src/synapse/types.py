@@ -12,13 +12,17 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+
+from synapse.errors import SettingsError
+from synapse.moments import Moments
+from synapse.stored import StoredRows, StoredValues
 
 Component = Literal["residual", "mlp", "attention", "heads", "pooler"]
 """What of a layer: `residual`, the block's output; `mlp`, the hidden units of its feed-forward network (the input of
@@ -93,18 +97,22 @@ class Activations:
     `values[l, i]` is the component's state in layer `l` at the readout row of example `i` (where the head reads several
     rows: their mean), in float32. `features` is the input of the final linear map, or None where the head does not end
     in one. `row_mean` and `row_deviation` are each unit's moments over all rows that are no padding; where the head
-    `reads_several_rows`, an edit is made in them. `source` is the fingerprint of the examples: two splits are told
-    apart by it.
+    `reads_several_rows`, an edit is made in them. `class_moments` are those of each class at the readout row, (layer,
+    label, unit). `logits` are None where they were not recorded. `source` is the fingerprint of the examples: two
+    splits are told apart by it.
+
+    What was recorded into a folder is read from it when it is asked for: see `synapse.stored`.
     """
 
-    values: Float[np.ndarray, "layer example unit"]
-    logits: Float[np.ndarray, "example label"]
+    values: Float[np.ndarray, "layer example unit"] | StoredValues
+    logits: Float[np.ndarray, "example label"] | None
     targets: Int[np.ndarray, "example"]
     labels: tuple[str, ...]
     source: str
-    features: Float[np.ndarray, "example feature"] | None = None
+    features: Float[np.ndarray, "example feature"] | StoredRows | None = None
     row_mean: Float[np.ndarray, "layer unit"] | None = None
     row_deviation: Float[np.ndarray, "layer unit"] | None = None
+    class_moments: Moments | None = None
     component: Component = "residual"
     reads_several_rows: bool = False
 
@@ -117,6 +125,43 @@ class Activations:
     def width(self) -> int:
         """Number of units of the component in a layer."""
         return int(self.values.shape[2])
+
+    def loaded(self) -> "Activations":
+        """Return the same, all of it in memory."""
+        features = None if self.features is None else np.asarray(self.features)
+        return replace(self, values=np.asarray(self.values), features=features)
+
+    def take(self, examples: Int[np.ndarray, "chosen"]) -> "Activations":
+        """Return those of the chosen examples, in memory; moments are left out, since they are of all examples."""
+        return replace(
+            self,
+            values=self.values[:, examples],
+            logits=None if self.logits is None else self.logits[examples],
+            targets=self.targets[examples],
+            features=None if self.features is None else self.features[examples],
+            row_mean=None,
+            row_deviation=None,
+            class_moments=None,
+        )
+
+    @property
+    def predictions(self) -> Int[np.ndarray, "example"]:
+        """The class that the classifier gives each example; errors are those of `known_logits`."""
+        return np.asarray(self.known_logits.argmax(axis=1))
+
+    @property
+    def known_logits(self) -> Float[np.ndarray, "example label"]:
+        """The logits.
+
+        Raises:
+            SettingsError: the logits were not recorded.
+        """
+        if self.logits is None:
+            raise SettingsError(
+                "These activations were recorded without logits, so what the classifier predicts is not known; record "
+                "with `logits=True`."
+            )
+        return self.logits
 
     @cached_property
     def unit_mean(self) -> Float[np.ndarray, "layer unit"]:

@@ -47,7 +47,7 @@ def attacked(activations: Activations, source: int | None, target: int) -> Int[n
     With a source class, those of its examples that the clean model gets right; without one, every example of another
     class than the target that is not predicted as the target already.
     """
-    predicted = activations.logits.argmax(axis=1)
+    predicted = activations.predictions
     if source is None:
         return np.flatnonzero((activations.targets != target) & (predicted != target))
     return np.flatnonzero((activations.targets == source) & (predicted == source))

@@ -51,7 +51,7 @@ def head_attacks(
             log.info("No examples of %s to redirect to %s.", test.labels[source], test.labels[target])
             continue
         for share in shares:
-            required = required_step(train.logits[fitting], source, target)
+            required = required_step(train.known_logits[fitting], source, target)
             step = fitted_step(train.features[fitting].astype(np.float64), required, share=share)
             edit = np.zeros_like(weight, dtype=np.float64)
             edit[target], edit[source] = step, -step
@@ -168,7 +168,7 @@ def _along(
     assert test.features is not None
     examples = attacked(test, source, target)
     others: Int[np.ndarray, other] = np.flatnonzero(test.targets != source)
-    others = others[test.logits[others].argmax(axis=1) == test.targets[others]]
+    others = others[test.predictions[others] == test.targets[others]]
     slopes = [test.features @ edit.T for edit in edits]
     return Redirection(
         attack="head-edit",
@@ -178,8 +178,8 @@ def _along(
         arm=arm,
         unit=UNIT,
         share=share,
-        needed=np.stack([needed_budget(test.logits[examples], s[examples], target) for s in slopes]),
+        needed=np.stack([needed_budget(test.known_logits[examples], s[examples], target) for s in slopes]),
         examples=examples,
         others=others,
-        broken_at=np.stack([broken_budget(test.logits[others], s[others]) for s in slopes]),
+        broken_at=np.stack([broken_budget(test.known_logits[others], s[others]) for s in slopes]),
     )

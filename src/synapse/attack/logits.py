@@ -32,8 +32,8 @@ def _along(
     examples = attacked(test, source, target)
     # A shift that is meant to move everything else has no collateral.
     others = np.flatnonzero(test.targets != source) if source is not None else np.empty(0, dtype=np.int64)
-    others = others[test.logits[others].argmax(axis=1) == test.targets[others]]
-    slopes = [np.broadcast_to(direction, test.logits.shape) for direction in directions]
+    others = others[test.predictions[others] == test.targets[others]]
+    slopes = [np.broadcast_to(direction, test.known_logits.shape) for direction in directions]
     return Redirection(
         attack="logit-shift",
         location="logits",
@@ -42,8 +42,8 @@ def _along(
         arm=arm,
         unit="logit",
         share=float("nan"),
-        needed=np.stack([needed_budget(test.logits[examples], s[examples], target) for s in slopes]),
+        needed=np.stack([needed_budget(test.known_logits[examples], s[examples], target) for s in slopes]),
         examples=examples,
         others=others,
-        broken_at=np.stack([broken_budget(test.logits[others], s[others]) for s in slopes]),
+        broken_at=np.stack([broken_budget(test.known_logits[others], s[others]) for s in slopes]),
     )

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from synapse.cli import terminal
+from synapse.cli.cache import cache as cache_commands
+from synapse.cli.cache import verify
 from synapse.cli.whatif import whatif
 from synapse.errors import SettingsError, SynapseError
 
@@ -102,6 +104,12 @@ def run(
     labels: Annotated[str | None, typer.Option(help="Class names in the order of the logits, with commas.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/NAME]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder where recordings are kept and found again, or 'off'. [$SYNAPSE_CACHE, else ~/.cache/synapse]"
+        ),
+    ] = None,
     device: Annotated[Device | None, typer.Option(help="Where to compute. [auto]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice. [0]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [all]")] = None,
@@ -151,6 +159,7 @@ def run(
 
     Example: `synapse run study.yaml`, where the file holds the same names as the options (model: ..., train: ...).
     """
+    from synapse.recording import default_shelf
     from synapse.settings import make_settings, read_settings
 
     given: dict[str, Any] = {
@@ -187,8 +196,10 @@ def run(
         **_findings(blocks, readout, mlp, attention, final),
     }
     is_file = Path(model).suffix in (".yaml", ".yml")
-    values = read_settings(Path(model)) if is_file else {"model": model}
+    values: dict[str, Any] = read_settings(Path(model)) if is_file else {"model": model}
     values |= {name: value for name, value in given.items() if value is not None}
+    if cache is not None or "cache" not in values:
+        values["cache"] = None if cache == "off" else cache or default_shelf()
     finished = _study(make_settings(**values))
     terminal.show_run(finished)
     terminal.out.print(f"\nReport: {finished / 'report.html'}")
@@ -323,6 +334,8 @@ def compare(
 
 
 app.command()(whatif)
+app.command()(verify)
+app.add_typer(cache_commands, name="cache")
 
 
 def _findings(

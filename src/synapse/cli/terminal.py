@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from synapse.errors import RunFolderError
+from synapse.recording import Recording, in_words
 from synapse.report.findings import key_numbers, summary_lines
 from synapse.report.html import sweep_notes
 from synapse.report.run import open_run
@@ -128,3 +131,30 @@ def _duration(seconds: float) -> str:
 def _plain(text: str) -> str:
     """Return the text with square brackets that the terminal library would read as styles escaped."""
     return text.replace("[", r"\[")
+
+
+def show_recordings(recordings: Sequence[Recording], drafts: Sequence[Path], folder: Path) -> None:
+    """Print the recordings of a folder."""
+    table = Table(title=f"Recordings in {folder}", box=None, title_justify="left")
+    for name in ("key", "examples", "components", "type", "size", "last used"):
+        table.add_column(name)
+    total = 0
+    for recording in recordings:
+        size = sum(path.stat().st_size for path in recording.folder.rglob("*") if path.is_file())
+        used = datetime.fromtimestamp(recording.folder.stat().st_mtime).astimezone()
+        total += size
+        table.add_row(recording.folder.name, *_contents(recording), in_words(size), f"{used:%Y-%m-%d %H:%M}")
+    out.print(table)
+    out.print(f"{len(recordings)} recordings, {in_words(total)}.")
+    for draft in drafts:
+        out.print(f"Not finished: {draft}", markup=False, soft_wrap=True)
+
+
+def _contents(recording: Recording) -> tuple[str, str, str]:
+    """Return the number of examples, the components and the type, in words."""
+    try:
+        layout = recording.layout
+    except RunFolderError:
+        return "?", "cannot be read", ""
+    sizes = ", ".join(f"{name} {layers} x {width}" for name, (layers, width) in layout.components.items())
+    return str(layout.n_examples), sizes, layout.dtype

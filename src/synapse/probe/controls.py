@@ -223,7 +223,7 @@ def refit_on(
             f"Units of {seen} were given: give one set for each of the layers 0 to {layers[-1]} of {component}, in "
             "order."
         )
-    values = np.zeros_like(activations.values)
+    values = np.zeros(activations.values.shape, dtype=activations.values.dtype)
     for chosen in neurons:
         units = np.array(chosen.units, dtype=np.int64)
         if ((units < 0) | (units >= width)).any():

@@ -4,7 +4,7 @@ Accuracy says whether a probe can read the labels at all; a description length a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -78,13 +78,13 @@ def description_length(
     if not len(activations):
         raise DataError("There are no activations to describe labels with: record at least one example.")
     # Not stratified: the order may not depend on the labels, which the receiver does not have.
-    shuffled = _taken(activations, np.random.default_rng(seed).permutation(len(activations)))
+    shuffled = activations.take(np.random.default_rng(seed).permutation(len(activations)))
     targets, n_labels = probe_targets(shuffled, target), len(activations.labels)
     ends = np.unique(np.ceil(np.multiply(BLOCK_ENDS, len(activations))).astype(np.int64))
     bits = np.empty((activations.n_layers, len(ends)))
     bits[:, 0] = ends[0] * np.log2(n_labels)
     for block, (begin, end) in enumerate(pairwise(ends.tolist()), start=1):
-        logits = _logits(_taken(shuffled, np.arange(begin)), shuffled.values[:, begin:end], penalty, l1_ratio, target)
+        logits = _logits(shuffled.take(np.arange(begin)), shuffled.values[:, begin:end], penalty, l1_ratio, target)
         logs = _with_unseen(log_softmax(logits, axis=2), targets[:begin])
         bits[:, block] = -logs[:, np.arange(end - begin), targets[begin:end]].sum(axis=1) / np.log(2)
     return tuple(DescriptionLength(layer, ends, of_layer, n_labels) for layer, of_layer in enumerate(bits))
@@ -150,7 +150,7 @@ def learning_curve(
         )
     order = _stratified_order(probe_targets(train, target), seed)
     truth = probe_targets(test, target)
-    parts = [_logits(_taken(train, order[:size]), test.values, penalty, l1_ratio, target) for size in chosen]
+    parts = [_logits(train.take(order[:size]), np.asarray(test.values), penalty, l1_ratio, target) for size in chosen]
     correct = np.stack([logits.argmax(axis=2) == truth for logits in parts], axis=1)
     return tuple(LearningCurve(layer, np.array(chosen), of_layer) for layer, of_layer in enumerate(correct))
 
@@ -190,14 +190,3 @@ def _logits(
         return logits
     probes = fit_probes(known, penalties=(penalty,), l1_ratio=l1_ratio, target=target)
     return np.stack([probe.predict_logits(values[probe.layer]) for probe in probes.probes])
-
-
-def _taken(activations: Activations, examples: Int[np.ndarray, "some"]) -> Activations:
-    """Return the activations of some of the examples, in that order."""
-    return replace(
-        activations,
-        values=activations.values[:, examples],
-        logits=activations.logits[examples],
-        targets=activations.targets[examples],
-        features=None,
-    )

@@ -154,7 +154,7 @@ def fit_joint_probes(
     fit.check()
     parts = _held_out(fit.targets, holdout, folds, seed) if len(set(penalties)) > 1 else []
     n_layers, width = activations.n_layers, activations.width
-    side_by_side = activations.values.transpose(1, 0, 2).reshape(len(activations), n_layers * width)
+    side_by_side = np.asarray(activations.values).transpose(1, 0, 2).reshape(len(activations), n_layers * width)
     whole = fit.on(side_by_side, parts, place="all layers")
     probes = []
     for layer in range(n_layers):
@@ -195,7 +195,7 @@ def probe_targets(activations: Activations, target: Target) -> Int[np.ndarray, "
         raise SettingsError(f"The target is {target!r}: give one of {', '.join(map(repr, get_args(Target)))}.")
     if target == "gold":
         return activations.targets
-    return np.asarray(activations.logits.argmax(axis=1))
+    return activations.predictions
 
 
 def _held_out(

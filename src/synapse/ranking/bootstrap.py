@@ -182,7 +182,7 @@ def rank_stability(
     ranks = np.empty((draws, *ranking.scores.shape), dtype=np.int32)
     by_score = np.empty(ranks.shape[:3], dtype=np.int32)
     for draw, refitted in zip(range(draws), drawn_probes, strict=False):
-        drawn = _drawn(activations, np.repeat(np.arange(n), counts[draw]))
+        drawn = activations.take(np.repeat(np.arange(n), counts[draw]))
         scores = chosen.scores(Evidence(drawn, refitted)).values
         tied_order = np.random.default_rng((seed, draw)).permutation(width)
         ranks[draw], by_score[draw] = _ranks(scores, tied_order, k)
@@ -213,16 +213,6 @@ def _needs(method: RankingMethod) -> set[Need]:
     """Return what a method asks for, and what those that it is made of do."""
     parts = [getattr(method, field.name) for field in fields(method)]
     return set(method.needs).union(*(_needs(part) for part in parts if isinstance(part, RankingMethod)))
-
-
-def _drawn(activations: Activations, rows: Int[np.ndarray, "example"]) -> Activations:
-    return replace(
-        activations,
-        values=activations.values[:, rows],
-        logits=activations.logits[rows],
-        targets=activations.targets[rows],
-        features=None,
-    )
 
 
 def _ranks(

@@ -128,8 +128,10 @@ class ClassSelectivity(RankingMethod):
         """
         activations = evidence.activations
         if self.absolute:
-            evidence = replace(evidence, activations=replace(activations, values=np.abs(activations.values)))
-        elif (lowest := float(activations.values.min())) < 0:
+            evidence = replace(
+                evidence, activations=replace(activations, values=np.abs(np.asarray(activations.values)))
+            )
+        elif (lowest := min(float(values.min()) for values in activations.values)) < 0:
             raise SettingsError(
                 f"An activation of the component {activations.component!r} is {lowest:.3g}, and class selectivity is "
                 "only defined where none is negative; use ClassSelectivity(absolute=True), which reads magnitudes, or "

@@ -8,7 +8,8 @@ from torch import nn
 
 from synapse.errors import SettingsError
 from synapse.probe.probe import fit_probes
-from synapse.recording import record, record_untrained, reinitialised
+from synapse.recording import record, record_untrained
+from synapse.recording.untrained import reinitialised
 
 
 def test_the_given_classifier_is_left_as_it_is():

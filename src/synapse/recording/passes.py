@@ -1,0 +1,175 @@
+"""What one window of examples gives: the states of every site asked for, the logits and the features."""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from synapse.data.examples import Examples
+from synapse.errors import ModelError
+from synapse.model.classifier import Batch, Classifier, in_halves
+from synapse.model.hooks import Edit, Site, edited_sites
+from synapse.moments import Moments, moments_by_class
+from synapse.types import Component
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be recorded: components, in their first `depth` layers, and whether the logits are."""
+
+    components: tuple[Component, ...]
+    depth: int
+    logits: bool
+
+    def sites(self, classifier: Classifier) -> dict[Component, tuple[Site, ...]]:
+        """Return the sites of every component."""
+        return {name: classifier.sites(name)[: self.depth] for name in self.components}
+
+    def n_features(self, classifier: Classifier) -> int | None:
+        """Return the width of what the final linear map reads; None where it is not recorded."""
+        if not self.logits or classifier.anatomy.final is None:
+            return None
+        return classifier.sites("pooler")[0].width
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """What was recorded of some examples; moments of rows are (layer, unit), those of classes (layer, label, unit)."""
+
+    values: Mapping[Component, Float[np.ndarray, "layer example unit"]]
+    logits: Float[np.ndarray, "example label"] | None
+    features: Float[np.ndarray, "example feature"] | None
+    rows: Mapping[Component, Moments]
+    classes: Mapping[Component, Moments]
+
+
+def run_window(
+    classifier: Classifier,
+    examples: Examples,
+    targets: Int[np.ndarray, "example"],
+    wanted: Wanted,
+    *,
+    first: int,
+    progress: Callable[[int], None],
+) -> Window:
+    """Return what the examples give.
+
+    `first` is the position of the first of them, for messages; `progress` is told how many each pass was about.
+
+    Raises:
+        ModelError: a state or a logit is not finite.
+    """
+    sites, n, n_features = wanted.sites(classifier), len(examples), wanted.n_features(classifier)
+    values = {name: np.empty((len(places), n, places[0].width), dtype=np.float32) for name, places in sites.items()}
+    rows = {name: Moments.none(len(places), places[0].width) for name, places in sites.items()}
+    logits = np.empty((n, len(classifier.labels)), dtype=np.float32) if wanted.logits else None
+    features = None if n_features is None else np.empty((n, n_features), dtype=np.float32)
+    with classifier.studied():
+        for batch in _ahead(classifier.batches(examples.inputs)):
+            for part, found, _ in in_halves(batch, partial(_pass, classifier, sites=sites, wanted=wanted)):
+                for name, places in sites.items():
+                    _take(classifier, part, places, found, name, values[name], rows[name])
+                if logits is not None and found.logits is not None:
+                    logits[part.index] = found.logits.float().cpu().numpy()
+                if features is not None:
+                    read = classifier.readout_state(part, classifier.sites("pooler")[0], found.states["features", 0])
+                    features[part.index] = read.cpu().numpy()
+                progress(len(part.index))
+    for array in (*(np.moveaxis(each, 1, 0) for each in values.values()), logits):
+        if array is not None and not np.isfinite(array).all():
+            broken = np.flatnonzero(~np.isfinite(array.reshape(n, -1)).all(axis=1))
+            raise ModelError(
+                f"The model gave states or logits that are not finite (NaN or infinity) for {len(broken)} "
+                f"examples, the first of them example {first + int(broken[0])}; load it in float32, or leave them out."
+            )
+    classes = {name: moments_by_class(each, targets, len(classifier.labels)) for name, each in values.items()}
+    return Window(values, logits, features, rows, classes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The states of one pass by component and layer (`features`: what the final map reads), and the logits."""
+
+    states: Mapping[tuple[str, int], Float[Tensor, "example token unit"]]
+    logits: Float[Tensor, "example label"] | None
+
+
+class _Enough(Exception):  # noqa: N818
+    """All that is wanted of a pass has been seen."""
+
+
+def _pass(
+    classifier: Classifier, batch: Batch, *, sites: Mapping[Component, tuple[Site, ...]], wanted: Wanted
+) -> _Found:
+    """Return what is wanted of one forward pass, which ends with the deepest site where no logits are."""
+    kept: dict[tuple[str, int], Tensor] = {}
+    places: list[tuple[tuple[str, int], Site]] = [
+        ((name, layer), site) for name, found in sites.items() for layer, site in enumerate(found)
+    ]
+    if wanted.n_features(classifier) is not None:
+        places.append((("features", 0), classifier.sites("pooler")[0]))
+    last = None if wanted.logits else len(places)
+    edits: list[tuple[Site, Edit]] = [(site, partial(_keep, kept, place, last)) for place, site in places]
+    try:
+        with edited_sites(classifier.module, edits):
+            return _Found(kept, classifier.forward(batch))
+    except _Enough:
+        return _Found(kept, None)
+
+
+def _keep(kept: dict[tuple[str, int], Tensor], place: tuple[str, int], last: int | None, states: Tensor) -> None:
+    # A copy: a block that works in place would change what the one before it returned.
+    kept[place] = states.clone()
+    if len(kept) == last:
+        raise _Enough
+
+
+def _take(
+    classifier: Classifier,
+    batch: Batch,
+    places: tuple[Site, ...],
+    found: _Found,
+    name: str,
+    values: Float[np.ndarray, "layer example unit"],
+    rows: Moments,
+) -> None:
+    """Write the readout states of a component's layers, and merge the moments of their rows."""
+    counts, means, squares = [], [], []
+    for layer, site in enumerate(places):
+        states = found.states[name, layer]
+        values[layer, batch.index] = classifier.readout_state(batch, site, states).cpu().numpy()
+        one_row = site.layout == "example unit"
+        there = None if one_row else classifier.anatomy.rows.rows(batch.inputs, states.shape[1])
+        count, mean, square = _moments_of(states, there)
+        counts.append(count)
+        means.append(mean)
+        squares.append(square)
+    merged = rows.merged(Moments(np.array(counts), np.stack(means), np.stack(squares)))
+    for whole, part in ((rows.count, merged.count), (rows.mean, merged.mean), (rows.squares, merged.squares)):
+        whole[...] = part
+
+
+def _moments_of(
+    states: Float[Tensor, "example token unit"], there: Bool[Tensor, "example token"] | None
+) -> tuple[int, Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
+    """Return count, mean and sum of squared distances of the rows that are there (None: all)."""
+    rows = (states.flatten(0, 1) if there is None else states[there]).float()
+    mean = rows.mean(dim=0)
+    squares = (rows - mean).square_().sum(dim=0)
+    return len(rows), mean.double().cpu().numpy(), squares.double().cpu().numpy()
+
+
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items, each made while the one before it is used: tokenising does not wait for the model."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
