@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep bench-probe clean
+.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep bench-probe bench-record clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -47,6 +47,9 @@ bench-sweep: $(PEERS)/installed
 
 bench-probe: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/probe.py --json runs/bench-probe.json --markdown docs/benchmarks.md
+
+bench-record: $(PEERS)/installed
+	$(PEERS)/bin/python benchmarks/record.py --json runs/bench-record.json --markdown docs/benchmarks.md
 
 $(PEERS)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-alone.txt
 	$(PYTHON) -m venv $(PEERS)

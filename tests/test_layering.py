@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"errors", "types"},
     "model": {"errors", "types", "data"},
     "recording": {"errors", "types", "data", "model", "moments", "stored", "integrity"},
-    "exchange": {"errors", "types", "moments", "stored", "integrity"},
+    "exchange": {"errors", "types", "moments", "data"},
     "probe": {"errors", "types", "data"},
     "ranking": {"errors", "types", "data", "model", "probe", "measure"},
     "perturb": {"errors", "types", "model"},
@@ -28,7 +28,7 @@ ALLOWED = {
     "measure": {"errors", "types"},
     "store": {"errors", "types", "integrity"},
     "report": {"errors", "types"},
-    "settings": {"errors", "types", "attack", "ranking", "sweeping"},
+    "settings": {"errors", "types", "data", "attack", "ranking", "sweeping"},
     "study": {
         *("errors", "types", "data", "model", "recording", "probe", "ranking", "sweeping", "attack"),
         *("measure", "store", "report", "settings"),

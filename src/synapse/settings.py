@@ -7,6 +7,7 @@ import pydantic
 import yaml
 
 from synapse.attack.noise import DRAWS
+from synapse.data.tables import is_elsewhere
 from synapse.errors import SettingsError, near
 from synapse.ranking import METHODS
 from synapse.sweeping import AUTOCAST, ENGINES, FRACTIONS, KINDS, Grid, Kind
@@ -24,8 +25,10 @@ class Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     model: str = pydantic.Field("", description="folder or hub id of a classifier of texts, images or sounds")
-    train: Path | None = pydantic.Field(None, description="labelled file that probes and rankings are fitted on")
-    test: Path | None = pydantic.Field(None, description="labelled file that everything is measured on")
+    train: Path | str | None = pydantic.Field(
+        None, description="labelled examples that probes and rankings are fitted on: a file, a URL, dataset:NAME:SPLIT"
+    )
+    test: Path | str | None = pydantic.Field(None, description="labelled examples that everything is measured on")
     text: str | None = pydantic.Field(None, description="column of the texts ('text', unless another kind is named)")
     pair: str | None = pydantic.Field(None, description="column of the second text, where inputs are pairs")
     file: str | None = pydantic.Field(None, description="column of the paths of images or of sounds (wav)")
@@ -181,7 +184,7 @@ def make_settings(**values: object) -> Settings:
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """Return the settings in a study file; paths in it are relative to the file.
+    """Return the settings in a study file; paths in it are relative to the file, but for those of other machines.
 
     Raises:
         SettingsError: no such file, no YAML, or no list of names and values.
@@ -194,8 +197,8 @@ def read_settings(path: Path) -> dict[str, object]:
         raise SettingsError(f"{str(path)!r} is no readable YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise SettingsError(f"{str(path)!r} holds no settings; lines such as 'model: path/to/model' were expected.")
-    for name in ("train", "test", "out"):
-        if values.get(name) is not None:
+    for name in ("train", "test", "out", "cache"):
+        if values.get(name) is not None and not is_elsewhere(str(values[name])):
             values[name] = path.parent / str(values[name])
     model = values.get("model")
     if model is not None and (path.parent / str(model)).is_dir():

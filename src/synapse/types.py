@@ -158,8 +158,7 @@ class Activations:
         """
         if self.logits is None:
             raise SettingsError(
-                "These activations were recorded without logits, so what the classifier predicts is not known; record "
-                "with `logits=True`."
+                "These activations hold no logits, so what the classifier says is not known; record them with logits."
             )
         return self.logits
 

@@ -82,9 +82,12 @@ Final = Annotated[
 def run(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier, or a study file (.yaml).")],
     train: Annotated[
-        Path | None, typer.Option(help="Labelled CSV, JSONL or Parquet that neurons are ranked on.")
+        str | None,
+        typer.Option(
+            help="Labelled examples that neurons are ranked on: a table, folder, URL or dataset:NAME:SPLIT."
+        ),
     ] = None,
-    test: Annotated[Path | None, typer.Option(help="Labelled file to measure on. One file alone is split.")] = None,
+    test: Annotated[str | None, typer.Option(help="The same, to measure on. One file alone is split.")] = None,
     sites: Annotated[
         str | None,
         typer.Option(help="What is studied, with commas: residual, mlp, attention, heads, pooler. [residual]"),

@@ -215,8 +215,10 @@ def _some(examples: Examples, n: int = 4) -> Examples:
 
 
 def _hash_of(reference: Activations) -> str:
-    arrays = {name: getattr(reference, name) for name in ("values", "targets", "row_mean", "row_deviation")}
-    return hash_tensors({name: torch.from_numpy(array) for name, array in arrays.items() if array is not None})
+    layers = [hash_tensors({"": torch.from_numpy(values)}) for values in reference.values]  # one in memory at a time
+    arrays = {name: getattr(reference, name) for name in ("targets", "row_mean", "row_deviation")}
+    whole = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+    return identity_of({"layers": layers, "others": hash_tensors(whole)})
 
 
 def _run_batch(
