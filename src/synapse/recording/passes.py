@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from synapse.data.examples import Examples
@@ -74,12 +75,14 @@ def run_window(
     with classifier.studied():
         for batch in _ahead(classifier.batches(examples.inputs)):
             for part, found, _ in in_halves(batch, partial(_pass, classifier, sites=sites, wanted=wanted)):
+                rows_of = cache(partial(_Rows, classifier, part))
                 for name, places in sites.items():
-                    _take(classifier, part, places, found, name, values[name], rows[name])
+                    rows[name] = _take(places, found, name, rows_of, values[name], rows[name])
                 if logits is not None and found.logits is not None:
                     logits[part.index] = found.logits.float().cpu().numpy()
                 if features is not None:
-                    read = classifier.readout_state(part, classifier.sites("pooler")[0], found.states["features", 0])
+                    states = found.states["features", 0]
+                    read = rows_of(states.shape[1]).readout_state(classifier.sites("pooler")[0], states)
                     features[part.index] = read.cpu().numpy()
                 progress(len(part.index))
     for array in (*(np.moveaxis(each, 1, 0) for each in values.values()), logits):
@@ -131,39 +134,61 @@ def _keep(kept: dict[tuple[str, int], Tensor], place: tuple[str, int], last: int
         raise _Enough
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Which rows of a batch are there, and which the head reads, for states of so many rows an example.
+
+    Worked out once a batch: what is done in every layer counts beside a forward pass.
+    """
+
+    classifier: Classifier
+    batch: Batch
+    n_tokens: int
+
+    @cached_property
+    def there(self) -> Int[Tensor, "row"]:
+        """Positions of the rows that are no padding, the examples one after the other."""
+        return self.classifier.anatomy.rows.rows(self.batch.inputs, self.n_tokens).flatten().nonzero()[:, 0]
+
+    @cached_property
+    def read(self) -> Int[Tensor, "example"] | None:
+        """The one row of every example that the head reads; None where it reads several."""
+        return self.classifier.readout_row(self.batch, self.n_tokens)
+
+    def readout_state(self, site: Site, states: Float[Tensor, "example token unit"]) -> Tensor:
+        """Return the readout state of every example, (example, unit)."""
+        if site.layout == "example unit" or self.read is None:
+            return self.classifier.readout_state(self.batch, site, states)
+        return states[torch.arange(len(states), device=states.device), self.read].float()
+
+    def moments(self, site: Site, states: Float[Tensor, "example token unit"]) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return count, mean and sum of squared distances of all rows that are no padding, by unit."""
+        rows = states.flatten(0, 1)
+        if site.layout != "example unit":
+            rows = rows.index_select(0, self.there)
+        rows = rows.float()
+        mean = rows.mean(dim=0)
+        squares = (rows - mean).square_().sum(dim=0)
+        return len(rows), mean.double().cpu().numpy(), squares.double().cpu().numpy()
+
+
 def _take(
-    classifier: Classifier,
-    batch: Batch,
     places: tuple[Site, ...],
     found: _Found,
     name: str,
+    rows_of: Callable[[int], _Rows],
     values: Float[np.ndarray, "layer example unit"],
-    rows: Moments,
-) -> None:
-    """Write the readout states of a component's layers, and merge the moments of their rows."""
-    counts, means, squares = [], [], []
+    moments: Moments,
+) -> Moments:
+    """Write the readout states of a component's layers, and return the moments with those of their rows."""
+    parts = []
     for layer, site in enumerate(places):
         states = found.states[name, layer]
-        values[layer, batch.index] = classifier.readout_state(batch, site, states).cpu().numpy()
-        one_row = site.layout == "example unit"
-        there = None if one_row else classifier.anatomy.rows.rows(batch.inputs, states.shape[1])
-        count, mean, square = _moments_of(states, there)
-        counts.append(count)
-        means.append(mean)
-        squares.append(square)
-    merged = rows.merged(Moments(np.array(counts), np.stack(means), np.stack(squares)))
-    for whole, part in ((rows.count, merged.count), (rows.mean, merged.mean), (rows.squares, merged.squares)):
-        whole[...] = part
-
-
-def _moments_of(
-    states: Float[Tensor, "example token unit"], there: Bool[Tensor, "example token"] | None
-) -> tuple[int, Float[np.ndarray, "unit"], Float[np.ndarray, "unit"]]:
-    """Return count, mean and sum of squared distances of the rows that are there (None: all)."""
-    rows = (states.flatten(0, 1) if there is None else states[there]).float()
-    mean = rows.mean(dim=0)
-    squares = (rows - mean).square_().sum(dim=0)
-    return len(rows), mean.double().cpu().numpy(), squares.double().cpu().numpy()
+        rows = rows_of(states.shape[1])
+        values[layer, rows.batch.index] = rows.readout_state(site, states).cpu().numpy()
+        parts.append(rows.moments(site, states))
+    counts, means, squares = zip(*parts, strict=True)
+    return moments.merged(Moments(np.array(counts), np.stack(means), np.stack(squares)))
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
