@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -18,7 +19,24 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
-COMMANDS = typer.main.get_command(app).commands
+
+
+def commands_in(group: Any, before: str = "") -> dict[str, Any]:
+    """Return the commands of a group and of the groups in it, by their names from the top."""
+    found = {}
+    for name, command in group.commands.items():
+        inside = commands_in(command, f"{before}{name} ") if hasattr(command, "commands") else {before + name: command}
+        found |= inside
+    return found
+
+
+COMMANDS = commands_in(typer.main.get_command(app))
+
+
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the command in a line's words after `synapse`, and what follows it."""
+    length = 1 if words[0] in COMMANDS else 2
+    return " ".join(words[:length]), words[length:]
 
 
 def shell_lines(path: Path) -> list[str]:
@@ -33,9 +51,9 @@ def test_every_synapse_command_in_a_document_exists_with_its_options(path):
         words = shlex.split(line, comments=True)
         if not words or not words[0].endswith("synapse"):
             continue
-        command = COMMANDS[words[1]]
-        known = {option for parameter in command.params for option in parameter.opts}
-        assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= known | {"--help"}, line
+        name, rest = command_of(words[1:])
+        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known | {"--help"}, line
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -76,9 +94,9 @@ def test_the_help_of_every_command_shows_an_example_that_parses(command):
     text = COMMANDS[command].help or ""
     example = re.search(r"Example: `(synapse [^`]+)`", text)
     assert example, command
-    words = shlex.split(example[1])
-    assert words[1] == command
-    with COMMANDS[command].make_context(command, words[2:], resilient_parsing=False):
+    name, rest = command_of(shlex.split(example[1])[1:])
+    assert name == command
+    with COMMANDS[command].make_context(command, rest, resilient_parsing=False):
         pass
 
 
@@ -135,3 +153,20 @@ def test_the_page_of_rankings_lists_every_method():
         for name in re.findall(r"`([^`]+)`", row)
     }
     assert named == set(METHODS)
+
+
+def test_the_python_example_of_the_page_on_recording_runs(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from synapse.demo.domains import domain
+
+    requests = domain("cybersecurity")
+    examples = requests.examples("train").take(range(0, 600, 5))
+    pd.DataFrame({"text": examples.inputs, "label": examples.labels}).to_csv(tmp_path / "train.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recording.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/model", str(requests.folder)), names)
+    assert names["layer"].shape == (120, names["classifier"].width)
+    assert (names["some"] == names["layer"][[0, 3, 5]]).all()
+    assert len(list((tmp_path / "recordings").glob("*/checksums.json"))) == 1

@@ -65,7 +65,7 @@ class Settings(pydantic.BaseModel):
         description="ranking methods; the first is swept in full, the others to judge them beside it",
     )
     rank_draws: int = pydantic.Field(
-        30, ge=0, description="draws of the training examples that the first method ranks again; 0: none"
+        100, ge=0, description="draws of the training examples that the first method ranks again; 0: none"
     )
     sites: tuple[Component, ...] = pydantic.Field(
         ("residual",), description="components of the layers that are studied; the report begins with the first"

@@ -6,7 +6,7 @@ RUN/scorecard.json     the measures, each with interval and n
 RUN/tables/*.parquet   probe, ranking, sweep, attack: tidy, one row a measurement
 RUN/logits.zarr        the logits of every cell and example
 RUN/report.html        the report, made from all of the above
-RUN/checksums.json     size and SHA-256 of every file but the report
+RUN/checksums.json     size and SHA-256 of every file but the reports
 ```
 """
 
@@ -44,7 +44,7 @@ def new_run(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield draft
-        seal(draft, without=["report.html"])  # which may be drawn again
+        seal(draft, without=[page.name for page in draft.glob("report*.html")])  # they may be drawn again
         if path.exists():
             shutil.rmtree(path)
         draft.chmod(0o755)
