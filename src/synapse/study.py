@@ -33,7 +33,7 @@ from synapse.probe.probe import Probes, fit_probes, refit_probes
 from synapse.ranking import METHODS, Ranking, rank
 from synapse.ranking.bootstrap import RankStability, rank_stability, runs_the_model
 from synapse.ranking.statistics import RandomOrder
-from synapse.recording import record_components
+from synapse.recording import bytes_on_disk, record_components
 from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
@@ -58,6 +58,8 @@ class Forecast:
     sweep: Cost
     forward_passes: int
     seconds: float
+    disk_bytes: int
+    """What the recordings take, if they are kept and not there yet."""
 
 
 def forecast(classifier: Classifier, train: Examples, test: Examples, settings: Settings) -> Forecast:
@@ -78,7 +80,9 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
     noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
     passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
-    return Forecast(n_train, n_test, n_sweep, cost, round(passes), passes * _seconds_per_example(classifier, test))
+    seconds = passes * _seconds_per_example(classifier, test)
+    disk = 0 if settings.cache is None else bytes_on_disk(classifier, n_train + n_test, settings.sites)
+    return Forecast(n_train, n_test, n_sweep, cost, round(passes), seconds, disk)
 
 
 def run_study(

@@ -83,9 +83,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a sequence classifier, or a study file (.yaml).")],
     train: Annotated[
         str | None,
-        typer.Option(
-            help="Labelled examples that neurons are ranked on: a table, folder, URL or dataset:NAME:SPLIT."
-        ),
+        typer.Option(help="Labelled examples that neurons are ranked on: a table, folder, URL or dataset:NAME:SPLIT."),
     ] = None,
     test: Annotated[str | None, typer.Option(help="The same, to measure on. One file alone is split.")] = None,
     sites: Annotated[
@@ -240,7 +238,7 @@ def _study(settings: Any) -> Path:
     )
     for part in (train, test):
         part.targets(classifier.labels)
-    terminal.show_forecast(forecast(classifier, train, test, settings))
+    terminal.show_forecast(forecast(classifier, train, test, settings), settings.cache)
     with terminal.stage_progress() as progress:
         return run_study(
             classifier, train, test, settings=settings, out=out, progress=progress, command=_command_line()

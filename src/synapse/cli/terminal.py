@@ -53,14 +53,16 @@ def stage_progress() -> Iterator[StageProgress]:
         finish_all()
 
 
-def show_forecast(forecast: Forecast) -> None:
-    """Say what will be run and about how long it takes."""
+def show_forecast(forecast: Forecast, cache: Path | None) -> None:
+    """Say what will be run, about how long it takes, and what is kept."""
     sweep = forecast.sweep
+    kept = "" if cache is None else f"\nRecordings are kept in {cache}: {in_words(forecast.disk_bytes)}, unless there."
     err.print(
         f"Planned: {forecast.train_examples:,} training and {forecast.test_examples:,} test examples; "
         f"{sweep.cells:,} interventions on {forecast.sweep_examples:,} test examples, {sweep.runs:,} runs.\n"
         f"About {forecast.forward_passes:,} full forward passes' worth of work: "
-        f"{_duration(forecast.seconds)}, and up to a minute for probes and measures."
+        f"{_duration(forecast.seconds)}, and up to a minute for probes and measures.{kept}",
+        markup=False,
     )
 
 
