@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def seal(folder: Path, *, known: Mapping[str, FileRecord] | None = None, without
 def flaws(folder: Path, *, thorough: bool = True) -> list[str]:
     """Return what is wrong with a sealed folder, a sentence each: files that are missing, cut or changed.
 
-    Without `thorough` only presence and sizes are looked at.
+    Without `thorough` only presence and sizes are looked at, and what says how the rest is read: the JSON files.
     """
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
@@ -47,7 +46,9 @@ def flaws(folder: Path, *, thorough: bool = True) -> list[str]:
         return [f"{SEAL} is missing: the folder was not finished, or is of an older version"]
     except (OSError, ValueError):
         return [f"{SEAL} cannot be read"]
-    if not isinstance(sealed, dict) or not all(isinstance(entry, dict) for entry in sealed.values()):
+    if not isinstance(sealed, dict) or not all(
+        isinstance(entry, dict) and {"size", "sha256"} <= set(entry) for entry in sealed.values()
+    ):
         return [f"{SEAL} is not a list of files"]
     return [flaw for name, entry in sealed.items() if (flaw := _flaw(folder / name, name, entry, thorough))]
 
@@ -57,7 +58,7 @@ def _flaw(path: Path, name: str, entry: FileRecord, thorough: bool) -> str | Non
         size = path.stat().st_size
         if size != entry["size"]:
             return f"{name} has {size} bytes, and {entry['size']} were written"
-        if thorough and record_of(path)["sha256"] != entry["sha256"]:
+        if (thorough or path.suffix == ".json") and record_of(path)["sha256"] != entry["sha256"]:
             return f"{name} has changed: its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -68,13 +69,12 @@ def _flaw(path: Path, name: str, entry: FileRecord, thorough: bool) -> str | Non
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that it is there as a whole or not at all."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with draft.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -119,6 +119,11 @@ class Settings(pydantic.BaseModel):
             return _known(tuple(str(site) for site in sites), COMPONENTS, "site")
         return sites
 
+    @pydantic.field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_none(cls, cache: object) -> object:
+        return None if cache in ("off", False) else cache  # YAML reads `off` as false
+
     @pydantic.field_validator("engine")
     @classmethod
     def _known_engine(cls, engine: str) -> str:
@@ -198,7 +203,7 @@ def read_settings(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise SettingsError(f"{str(path)!r} holds no settings; lines such as 'model: path/to/model' were expected.")
     for name in ("train", "test", "out", "cache"):
-        if values.get(name) is not None and not is_elsewhere(str(values[name])):
+        if values.get(name) not in (None, "off", False) and not is_elsewhere(str(values[name])):
             values[name] = path.parent / str(values[name])
     model = values.get("model")
     if model is not None and (path.parent / str(model)).is_dir():

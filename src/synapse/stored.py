@@ -27,6 +27,11 @@ class StoredRows:
         return int(n), int(width)
 
     @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return 2
+
+    @property
     def dtype(self) -> np.dtype[np.float32]:
         """The type in which the numbers are read."""
         return np.dtype(np.float32)
@@ -35,23 +40,17 @@ class StoredRows:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        rows, *units = index if isinstance(index, tuple) else (index,)
+        rows, *units = _parts_of(index, self.ndim)
         single = isinstance(rows, (int, np.integer))
-        try:
-            if single:
-                found = self.array[int(rows) : int(rows) + 1 or None]
-            elif isinstance(rows, slice) and rows.step in (None, 1):
-                found = self.array[rows]
-            else:
-                found = self._chosen(np.arange(len(self))[rows])
-        except ValueError as error:  # of a chunk's checksum
-            raise RunFolderError(
-                f"{self.array.store_path} cannot be read ({error}): the file was changed or cut after it was written. "
-                "Remove the recording, and record anew."
-            ) from error
-        decoded = decoded_numbers(np.asarray(found))
+        if single:
+            found = read_numbers(self.array, slice(int(rows), int(rows) + 1 or None))
+        elif isinstance(rows, slice) and rows.step in (None, 1):
+            found = read_numbers(self.array, rows)
+        else:
+            found = self._chosen(np.arange(len(self))[rows])
+        decoded = decoded_numbers(found)
         decoded = decoded[:, units[0]] if units else decoded
-        return decoded[0] if single else decoded
+        return np.asarray(decoded[0]) if single else decoded
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return all of them, read from the file."""
@@ -65,7 +64,8 @@ class StoredRows:
         length = int(self.array.chunks[0])
         for chunk in np.unique(rows // length):
             mine = rows // length == chunk
-            found[mine] = self.array[chunk * length : (chunk + 1) * length][rows[mine] - chunk * length]
+            inside = read_numbers(self.array, slice(chunk * length, (chunk + 1) * length))
+            found[mine] = inside[rows[mine] - chunk * length]
         return found
 
 
@@ -101,7 +101,7 @@ class StoredValues:
         return (rows[:] for rows in self.layers)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        layer, *rest = index if isinstance(index, tuple) else (index,)
+        layer, *rest = _parts_of(index, self.ndim)
         inside = tuple(rest) or (slice(None),)
         if isinstance(layer, (int, np.integer)):
             return self.layers[layer][inside]
@@ -113,6 +113,48 @@ class StoredValues:
         del copy  # they are always new
         found = np.stack(list(self))
         return found if dtype is None else found.astype(dtype, copy=False)
+
+
+MISSING = {"uint16": 0x7FC0, "int64": -1}
+"""The fill values that are not NaN: like it, numbers that are never written (here NaN as a bfloat16, and -1)."""
+
+
+def _parts_of(index: Any, ndim: int) -> tuple[Any, ...]:
+    """Return an index axis by axis; what would mean something else to numpy is refused."""
+    parts = index if isinstance(index, tuple) else (index,)
+    several = [part for part in parts if not isinstance(part, (int, np.integer, slice))]
+    if len(parts) > ndim or len(several) > 1 or any(part is None or part is Ellipsis for part in several):
+        raise IndexError(
+            f"Numbers in a file were indexed by {index!r}; one index an axis was expected, and a list or an array for "
+            "one of them at most. Read the layer first, and index what comes back: `values[layer][...]`."
+        )
+    return tuple(parts)
+
+
+def read_numbers(array: Any, rows: slice) -> np.ndarray:
+    """Return rows of a zarr array as they are stored.
+
+    Raises:
+        RunFolderError: a chunk is not there, was cut, or has changed.
+    """
+    try:
+        found = np.asarray(array[rows])
+    except (ValueError, OSError) as error:  # such as that of a chunk's checksum
+        raise _unreadable(array, str(error)) from error
+    # In place of a chunk that is not there come fill values.
+    of_each: tuple[Any, ...] = (slice(None), *(0 for _ in found.shape[1:]))
+    first = found[of_each]
+    if ((first == array.fill_value) | (first != first)).any():
+        raise _unreadable(array, "a chunk is missing")
+    return found
+
+
+def _unreadable(array: Any, why: str) -> RunFolderError:
+    place = str(array.store_path).removeprefix("file://")
+    return RunFolderError(
+        f"{place!r} cannot be read ({why}): the file was changed, cut or removed after it was written. "
+        "Remove the recording, and record anew."
+    )
 
 
 def encoded_numbers(values: Float[np.ndarray, "*any"], dtype: str) -> np.ndarray:

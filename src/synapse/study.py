@@ -1,6 +1,7 @@
 """A study, from a classifier and examples to a run folder: the only file that knows the order of the stages."""
 
 import logging
+import math
 import platform
 import shutil
 import time
@@ -41,6 +42,9 @@ from synapse.sweeping import Cost, Reach, cost_of, joined, plan, sweep
 from synapse.types import Activations, Component, Progress, Redirection, Sweep
 
 log = logging.getLogger(__name__)
+
+_IN_MEMORY = 2**30
+"""Bytes of states of one component and split that a study holds in memory."""
 
 StageProgress = Callable[[str, int, int], None]
 """Called with the stage's name, the work done and the work there is."""
@@ -185,7 +189,12 @@ def _record_both(
     second = record_components(
         classifier, test, settings.sites, keep=settings.cache, progress=lambda done, _: step(len(train) + done, total)
     )
-    return {component: _Recorded(first[component], second[component]) for component in settings.sites}
+    return {component: _Recorded(_near(first[component]), _near(second[component])) for component in settings.sites}
+
+
+def _near(activations: Activations) -> Activations:
+    """Return activations in memory where they are few: a study reads them many times."""
+    return activations.loaded() if 4 * math.prod(activations.values.shape) <= _IN_MEMORY else activations
 
 
 @dataclass(frozen=True, eq=False)

@@ -200,7 +200,7 @@ def run(
     values: dict[str, Any] = read_settings(Path(model)) if is_file else {"model": model}
     values |= {name: value for name, value in given.items() if value is not None}
     if cache is not None or "cache" not in values:
-        values["cache"] = None if cache == "off" else cache or default_shelf()
+        values["cache"] = cache or default_shelf()
     finished = _study(make_settings(**values))
     terminal.show_run(finished)
     terminal.out.print(f"\nReport: {finished / 'report.html'}")

@@ -16,7 +16,9 @@ All three are called on a sequence of inputs and return tensors with the example
 """
 
 import copy
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -52,6 +54,14 @@ DEFAULT_MAX_LENGTH = 512
 """Tokens at which texts are cut where neither tokenizer nor model has a limit: it keeps them affordable."""
 
 _COLOURS = {1: "L", 3: "RGB", 4: "RGBA"}
+_NO_RULES = frozenset(
+    (
+        *("name_or_path", "files_loaded", "init_inputs", "init_kwargs", "deprecation_warnings", "verbose"),
+        *("_vocab", "_merges", "_scores"),
+    )
+)
+"""What a tokenizer holds beside its rules: where it came from, and what its backend holds too."""
+
 _AT_ONCE = 4096
 """Texts whose tokens are held at a time to be counted."""
 _NO_LIMIT = 1_000_000  # tokenizers without a limit say 1e30
@@ -85,13 +95,36 @@ class TextPreprocess:
         lengths: list[int] = []
         for start in range(0, len(inputs), _AT_ONCE):
             some = inputs[start : start + _AT_ONCE]
-            rows = some if self._kind(some) == "ids" else self._encode(some)["input_ids"]
+            counted = {"return_attention_mask": False, "return_token_type_ids": False}
+            rows = some if self._kind(some) == "ids" else self._encode(some, **counted)["input_ids"]
             lengths += map(len, rows)
         return np.array(lengths, dtype=np.int64)
 
     def samples(self) -> Sequence[str]:
         """Return a few texts of unequal length."""
         return SAMPLE_TEXTS
+
+    def fingerprint(self) -> str | None:
+        """Return a hash of all that decides what a text becomes; None where the tokenizer does not tell all of it."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        rules = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):  # those of the last call
+            rules.pop(name, None)
+        simple = (str, int, float, bool, list, tuple, dict, type(None))
+        own = {name: value for name, value in vars(self.tokenizer).items() if name not in _NO_RULES}
+        settings = {name: repr(value) for name, value in own.items() if isinstance(value, simple)}
+        kind = type(self.tokenizer)
+        whole = [
+            kind.__module__,
+            kind.__qualname__,
+            rules,
+            settings,
+            self.max_length,
+            sorted(self.arguments or ["any"]),
+        ]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def _kind(self, inputs: Sequence[Any]) -> str:
         kinds = list(dict.fromkeys("ids" if _is_id_array(item) else kind_of(item) for item in inputs))

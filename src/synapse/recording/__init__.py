@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from synapse.data.examples import Examples
-from synapse.errors import SettingsError, near
+from synapse.errors import ResourceError, SettingsError, near
 from synapse.model.classifier import Classifier
 from synapse.moments import Moments
 from synapse.recording.folder import DTYPES, Draft, Layout, Recording, in_words
@@ -18,6 +18,7 @@ from synapse.types import Activations, Component, Progress, silent
 __all__ = [
     "Recording",
     "Shelf",
+    "bytes_on_disk",
     "default_shelf",
     "in_words",
     "record",
@@ -83,13 +84,17 @@ def record_components(
         raise SettingsError(f"depth is {depth}; a number of layers from 1 to {classifier.n_layers} was expected.")
     wanted = Wanted(tuple(dict.fromkeys(components)), depth or classifier.n_layers, logits)
     targets = examples.targets(classifier.labels)
-    sizes = {name: (len(sites), sites[0].width) for name, sites in wanted.sites(classifier).items()}
-    layout = Layout(len(examples), classifier.labels, sizes, wanted.n_features(classifier), logits, dtype)
+    layout = _layout(classifier, len(examples), wanted, dtype)
     if keep is None:
         return _in_memory(classifier, examples, targets, wanted, layout, progress)
     recording = _kept(classifier, examples, targets, wanted, layout, Shelf(Path(keep)), progress)
     several = _reads_several_rows(classifier)
     return {name: recording.activations(name, reads_several_rows=several) for name in wanted.components}
+
+
+def bytes_on_disk(classifier: Classifier, n_examples: int, components: Sequence[Component]) -> int:
+    """Return how many bytes a recording of so many examples takes, kept in float32."""
+    return _layout(classifier, n_examples, Wanted(tuple(components), classifier.n_layers, True), "float32").n_bytes
 
 
 def record_untrained(
@@ -115,6 +120,11 @@ def record_untrained(
     *Source*: Zhang & Bowman (BlackboxNLP 2018), arXiv 1809.10040.
     """
     return record(untrained(classifier, seed), examples, component=component, progress=progress)
+
+
+def _layout(classifier: Classifier, n_examples: int, wanted: Wanted, dtype: str) -> Layout:
+    sizes = {name: (len(sites), sites[0].width) for name, sites in wanted.sites(classifier).items()}
+    return Layout(n_examples, classifier.labels, sizes, wanted.n_features(classifier), wanted.logits, dtype)
 
 
 def _in_memory(
@@ -202,7 +212,14 @@ def _write_window(
         counted.add(span.stop - span.start)
         return
     some = examples.take(np.arange(span.start, span.stop))
-    draft.write(window, run_window(classifier, some, targets[span], wanted, first=span.start, progress=counted.add))
+    found = run_window(classifier, some, targets[span], wanted, first=span.start, progress=counted.add)
+    try:
+        draft.write(window, found)
+    except OSError as error:
+        raise ResourceError(
+            f"The recording cannot be written on to {str(draft.folder.parent)!r} ({error.strerror or error}); what was "
+            "written stays, and the next call goes on from there."
+        ) from error
 
 
 def _reads_several_rows(classifier: Classifier) -> bool:

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 import zarr
+from jaxtyping import Float
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from synapse.errors import ResourceError, RunFolderError
+from synapse.errors import ResourceError, RunFolderError, SettingsError
 from synapse.integrity import FileRecord, flaws, records_of, seal, write_whole
 from synapse.moments import Moments
 from synapse.recording.passes import Window
-from synapse.stored import StoredRows, StoredValues, encoded_numbers
+from synapse.stored import MISSING, StoredRows, StoredValues, encoded_numbers, read_numbers
 from synapse.types import Activations, Component
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,9 @@ class Draft:
             is_ours = False
         if not is_ours:
             shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.rglob("*"):
+            if path.suffix == ".partial" or path.name.startswith("."):  # a file that was being written at the end
+                path.unlink()
         here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if is_ours else 0
         check_disk(folder.parent, layout.n_bytes - here)
         if not is_ours:
@@ -172,7 +176,7 @@ class Draft:
         """Return whether a window is through, and its files are what was written."""
         try:
             written = json.loads(self._record(window).read_text(encoding="utf-8"))
-            return bool(records_of(self.folder, [self.folder / name for name in written]) == written)
+            return bool(records_of(self.folder, self._chunks(window)) == written)
         except (OSError, ValueError):
             return False
 
@@ -181,7 +185,7 @@ class Draft:
         span = self.layout.span(window)
         for name, (_, _) in self.layout.components.items():
             for layer, states in enumerate(found.values[name]):
-                self._values[f"{name}/{layer:02d}"][span] = encoded_numbers(states, self.layout.dtype)
+                self._values[f"{name}/{layer:02d}"][span] = self._encoded(states, f"{name} of layer {layer}")
             for kind, moments in (("rows", found.rows[name]), ("classes", found.classes[name])):
                 for part in _PARTS:
                     self._moments[f"{name}/{kind}/{part}"][window] = getattr(moments, part)
@@ -189,8 +193,16 @@ class Draft:
             self._values["logits"][span] = found.logits
         if found.features is not None:
             self._values["features"][span] = found.features
-        files = [path for path in self._chunks(window) if path.is_file()]
-        write_whole(self._record(window), json.dumps(records_of(self.folder, files)))
+        write_whole(self._record(window), json.dumps(records_of(self.folder, self._chunks(window))))
+
+    def _encoded(self, states: Float[np.ndarray, "example unit"], place: str) -> np.ndarray:
+        encoded = encoded_numbers(states, self.layout.dtype)
+        if self.layout.dtype == "float16" and np.isinf(encoded).any():
+            raise SettingsError(
+                f"The states of {place} reach {float(np.abs(states).max()):.3g}, and float16 holds no more than 65504; "
+                "store them as bfloat16 or float32."
+            )
+        return encoded
 
     def finished(self, folder: Path) -> "Recording":
         """Seal the draft and move it to its place."""
@@ -271,9 +283,9 @@ class Recording:
         n_layers, _ = layout.components[component]
         return Activations(
             values=StoredValues(tuple(StoredRows(values[f"{component}/{layer:02d}"]) for layer in range(n_layers))),
-            logits=values["logits"][:] if layout.has_logits else None,
+            logits=read_numbers(values["logits"], slice(None)) if layout.has_logits else None,
             features=None if layout.n_features is None else StoredRows(values["features"]),
-            targets=values["targets"][:],
+            targets=read_numbers(values["targets"], slice(None)),
             labels=layout.labels,
             row_mean=rows.mean.astype(np.float32),
             row_deviation=rows.deviation.astype(np.float32),
@@ -286,10 +298,10 @@ class Recording:
     def _merged(self, name: str) -> Moments:
         """Return moments over all windows, merged in their order."""
         group = zarr.open_group(str(self.folder / "moments.zarr"), mode="r")
-        parts = {part: group[f"{name}/{part}"][:] for part in _PARTS}
+        parts = [group[f"{name}/{part}"] for part in _PARTS]
         whole = Moments.none(*self.layout.moments[name])
-        for window in range(self.layout.n_windows):
-            whole = whole.merged(Moments(*(parts[part][window] for part in _PARTS)))
+        for window in range(self.layout.n_windows):  # one in memory at a time
+            whole = whole.merged(Moments(*(read_numbers(part, slice(window, window + 1))[0] for part in parts)))
         return whole
 
 
@@ -302,7 +314,7 @@ def _parts(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 def _create(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> None:
     # Activations hardly compress; a checksum in every chunk finds damage wherever it is read. A chunk of zeros is
-    # written too: one that is missing must not pass for it.
+    # written too, and the fill value is no number that is: one that is missing must not pass for zeros.
     group.create_array(
         name,
         shape=shape,
@@ -311,6 +323,7 @@ def _create(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ..
         filters=None,
         compressors=[Crc32cCodec()],
         serializer=BytesCodec(),
+        fill_value=MISSING.get(dtype, np.nan),
         config={"write_empty_chunks": True},
     )
 

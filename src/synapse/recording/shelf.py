@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from synapse.data.examples import Examples
 from synapse.errors import ResourceError, RunFolderError
 from synapse.model.classifier import Classifier, hash_tensors
 from synapse.recording.folder import FORMAT, Draft, Layout, Recording, log
-from synapse.recording.passes import Wanted
+from synapse.recording.passes import Wanted, run_window
 
 CACHE = "SYNAPSE_CACHE"
 """The environment variable that names the folder of recordings."""
+
+_KEY = re.compile("[0-9a-f]{32}")
 
 _AT_ONCE = 256
 """Examples that are preprocessed together to be hashed."""
@@ -60,18 +63,23 @@ class Shelf:
         """Hold a recording's place alone.
 
         Raises:
-            RunFolderError: the folder is a file.
+            RunFolderError: the folder is a file, or cannot be made.
             ResourceError: another process has held the place for a day.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise RunFolderError(f"{str(self.folder)!r} is a file; a folder for recordings was expected.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"{str(self.folder)!r} cannot be made ({error.strerror}); a folder for recordings was expected."
+            ) from error
         lock = FileLock(self.folder / f".{key}.lock")
         try:
             # The system lets go of it when the process ends, however it ends.
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("Another process is making the recording %s; waiting for it.", key)
+            log.warning("Another process is making the recording %s; waiting for it.", key)
             try:
                 lock.acquire(timeout=86_400)
             except Timeout as error:
@@ -86,15 +94,16 @@ class Shelf:
         return Draft.at(self.folder / f".{key}.draft", layout, depends_on, targets)
 
     def recordings(self) -> list[Recording]:
-        """Return all whole recordings, those used last first."""
+        """Return all recordings, those used last first; what else lies in the folder is somebody else's."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        found = [path for path in self.folder.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
         return [Recording(path) for path in sorted(found, key=lambda path: (-path.stat().st_mtime, path.name))]
 
     def drafts(self) -> list[Path]:
         """Return what was begun and is not finished."""
-        return sorted(self.folder.glob(".*.draft")) if self.folder.is_dir() else []
+        found = self.folder.glob(".*.draft") if self.folder.is_dir() else []
+        return sorted(path for path in found if _KEY.fullmatch(path.name[1:].removesuffix(".draft")))
 
     def prune(self, *, older_than: float = 0.0) -> list[Path]:
         """Remove recordings and drafts that were not used for so many days; return where they were."""
@@ -117,19 +126,18 @@ def depends_on(
 ) -> dict[str, Any]:
     """Return all that a recording depends on, in plain values."""
     sites = wanted.sites(classifier)
-    few = examples.take(np.unique(np.linspace(0, len(examples) - 1, 4).astype(int)))
     return {
         "format": FORMAT,
         "versions": {name: version(name) for name in ("synapse", "torch", "transformers")},
         "weights": classifier.weights_hash(),
-        "inputs": hash_of_inputs(classifier, examples),
+        "preprocess": _preprocess_hash(classifier, examples),
         "examples": examples.fingerprint,
         "targets": hashlib.sha256(targets.tobytes()).hexdigest(),
-        "sites": repr((sites, classifier.anatomy.rows, classifier.anatomy.readout)),
+        "sites": repr((sorted(sites.items()), classifier.anatomy.rows, classifier.anatomy.readout)),
         "layout": layout.plain(),
         "pass": [classifier.max_tokens, classifier.device.type],
-        # Whatever else is applied to the model shows in what it says.
-        "logits": hash_tensors({"": torch.from_numpy(classifier.predict(few.inputs))}) if len(examples) else "",
+        # Whatever else is applied to the model shows in what would be recorded.
+        "first": _first_hash(classifier, examples.take(np.arange(min(2, len(examples)))), wanted),
     }
 
 
@@ -138,12 +146,24 @@ def key_of(dependencies: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def hash_of_inputs(classifier: Classifier, examples: Examples) -> str:
-    """Return a hash of what the preprocessing makes of the examples.
+def _first_hash(classifier: Classifier, few: Examples, wanted: Wanted) -> str:
+    """Return a hash of what a few examples give."""
+    found = run_window(classifier, few, few.targets(classifier.labels), wanted, first=0, progress=lambda _: None)
+    arrays = [each for name in sorted(wanted.components) for each in (found.values[name], found.rows[name].mean)]
+    if found.logits is not None:
+        arrays.append(found.logits)
+    return hash_tensors({"": tuple(torch.from_numpy(each) for each in arrays)})
 
-    That is what the model gets: it changes with the tokenizer's files, with its settings, and with any preprocessing of
-    one's own, and with nothing else.
+
+def _preprocess_hash(classifier: Classifier, examples: Examples) -> str:
+    """Return a hash that changes with the tokenizer's files, with its settings, and with preprocessing of one's own.
+
+    It is what the preprocessing says of itself, or else a hash of what it makes of all examples: what the model gets.
     """
+    told = getattr(classifier.preprocess, "fingerprint", None)
+    found = told() if callable(told) else None
+    if found is not None:
+        return str(found)
     digest = hashlib.sha256()
     for start in range(0, len(examples), _AT_ONCE):
         some = examples.take(np.arange(start, min(start + _AT_ONCE, len(examples))))
