@@ -84,7 +84,7 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("record-minilm", minilm, (512, 96)),
+        Workload("record-minilm", minilm, (1024, 96)),
         Workload("record-bert-base", partial(encoder, BERT_BASE), (96, 96)),
         Workload("record-memory", minilm, (4000, 100), peers=(), growth=10),
     )

@@ -334,7 +334,7 @@ WORKLOADS = {
         Workload("decoder-6", partial(decoder, DECODER_6), "all", (16, 2)),
         Workload("decoder-24", partial(decoder, DECODER_24), "all", (8, 2)),
         Workload("decoder-1b", partial(decoder, DECODER_1B), "all", (32, 2), sizes=(0.1, 0.9), needs_gpu=True),
-        Workload("vision-vit-base", partial(vision, VIT_BASE), "all", (8, 2), sizes=(0.1, 0.9)),
+        Workload("vision-vit-base", partial(vision, VIT_BASE), "all", (4, 2), sizes=(0.1, 0.9)),
         Workload("single-neuron-middle", minilm, "middle", (4, 2), single=True),
         Workload("single-neuron-last", minilm, "last", (4, 2), single=True),
     )
