@@ -1,7 +1,11 @@
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from planted import B_UNIT, C_UNIT, hidden_classifier, planted_classifier, planted_examples
 
 from synapse.errors import SettingsError
@@ -64,6 +68,35 @@ def test_blocks_are_those_of_the_published_search(seed, steps):
     np.testing.assert_array_equal(blocks[0], searched_blocks(found.probes[0].weights, steps))
     order = CumulativeMass().rank(found).order(0)
     assert (np.diff(blocks[0][order]) >= 0).all()
+
+
+NEUROX = json.loads(Path(__file__).with_name("neurox_blocks.json").read_text())
+"""What `get_neuron_ordering` of NeuroX 1.0.9 gave for `neurox_weights`: the cut-off that each neuron came in with."""
+
+
+def neurox_weights(case):
+    return np.random.default_rng(case["seed"]).standard_t(3, size=(case["labels"], case["units"]))
+
+
+@pytest.mark.parametrize("case", NEUROX["cases"], ids=lambda case: f"{case['labels']}x{case['units']}")
+def test_blocks_are_those_that_neurox_gave(case):
+    found = some_evidence(neurox_weights(case))
+    np.testing.assert_array_equal(CumulativeMass().blocks(found.probes, case["steps"]), [case["blocks"]])
+
+
+def test_the_order_of_neurox_s_own_test_comes_out():
+    ranking = CumulativeMass().rank(some_evidence([[4.0, 1, 5], [1, 1, 10]]))
+    assert ranking.order(0).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("case", NEUROX["cases"], ids=lambda case: f"{case['labels']}x{case['units']}")
+def test_neurox_gives_what_was_kept_of_it(case):
+    linear_probe = pytest.importorskip("neurox.interpretation.linear_probe", reason="NeuroX is not installed")
+    probe = SimpleNamespace(parameters=lambda: iter([torch.from_numpy(neurox_weights(case))]))
+    classes = {str(label): label for label in range(case["labels"])}
+    order, cuts = linear_probe.get_neuron_ordering(probe, classes, search_stride=case["steps"])
+    blocks = np.searchsorted(cuts, np.arange(case["units"]), side="right")
+    assert np.array(case["blocks"])[np.array(order, dtype=int)].tolist() == blocks.tolist()
 
 
 def test_blocks_of_exact_shares():
