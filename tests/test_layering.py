@@ -23,7 +23,7 @@ ALLOWED = {
     "probe": {"errors", "types", "data"},
     "ranking": {"errors", "types", "data", "model", "probe", "measure"},
     "perturb": {"errors", "types", "model"},
-    "attack": {"errors", "types", "data", "model", "perturb"},
+    "attack": {"errors", "types", "data", "model", "perturb", "integrity"},
     "sweeping": {"errors", "types", "data", "model", "perturb", "ranking", "measure"},
     "measure": {"errors", "types"},
     "store": {"errors", "types", "integrity"},

@@ -58,6 +58,10 @@ class WeightPerturbation(ABC):
     def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what is added to each weight matrix."""
 
+    def weights(self, classifier: Classifier) -> Mapping[str, Tensor]:
+        """Return the weights that may change, by name: by default the matrices of the place."""
+        return weights_at(classifier, self.place)
+
     @contextmanager
     def applied(self, classifier: Classifier) -> Iterator[None]:
         """Change the weights while the context is open.
@@ -65,7 +69,7 @@ class WeightPerturbation(ABC):
         Raises:
             RestoreError: the weights could not be put back bit for bit.
         """
-        weights = weights_at(classifier, self.place)
+        weights = self.weights(classifier)
         saved = {name: weight.detach().clone() for name, weight in weights.items()}
         before = hash_tensors(weights)
         try:
@@ -103,10 +107,39 @@ class WeightNoise(WeightPerturbation):
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit(WeightPerturbation):
-    """Adds a given change to the final weight matrix."""
+    """Adds a given change to the final weight matrix, and one to its bias where that is given too."""
 
     change: Float[np.ndarray, "label feature"]
+    bias: Float[np.ndarray, "label"] | None = None
+
+    def weights(self, classifier: Classifier) -> Mapping[str, Tensor]:
+        """Return the final weight matrix, and the bias where it is edited.
+
+        Raises:
+            SettingsError: a change of another shape than what it is added to, or of a bias that the head does not have.
+        """
+        weights = weights_at(classifier, self.place)
+        if self.bias is not None:
+            weights["bias"] = _bias(classifier)
+        for name, change in self._given.items():
+            if change.shape != tuple(weights[name].shape):
+                raise SettingsError(
+                    f"The change of the head's {name} has the shape {change.shape}; {tuple(weights[name].shape)} was "
+                    "expected: one row for each class."
+                )
+        return weights
 
     def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the change."""
-        return {name: torch.from_numpy(self.change) for name in weights}
+        """Return the changes as they were given."""
+        return {name: torch.from_numpy(change) for name, change in self._given.items()}
+
+    @property
+    def _given(self) -> dict[str, np.ndarray]:
+        return {"weight": self.change} if self.bias is None else {"weight": self.change, "bias": self.bias}
+
+
+def _bias(classifier: Classifier) -> Tensor:
+    bias = getattr(classifier.final, "bias", None)
+    if not isinstance(bias, Tensor):
+        raise SettingsError("The final linear map has no bias to edit; leave `bias` out, or shift the logit instead.")
+    return bias.detach()

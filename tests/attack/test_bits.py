@@ -1,0 +1,431 @@
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from planted import LABELS, planted_classifier, planted_examples, random_classifier, random_examples
+from scipy.special import logsumexp
+from torch import nn
+
+from synapse.attack.bits import REACHED, SPENT, STUCK, BitSearch, random_attacks
+from synapse.attack.bits import candidates as scoring
+from synapse.attack.bits.aim import Aim, Outcome
+from synapse.attack.bits.candidates import Place, best_flips, random_flips
+from synapse.attack.bits.found import BitAttack
+from synapse.attack.bits.runs import LiveRuns, runs_of
+from synapse.data.examples import Examples
+from synapse.data.reading import read_examples
+from synapse.errors import RunFolderError, SettingsError, SplitError
+from synapse.model.classifier import Classifier
+from synapse.perturb.bits import Flip, StoredWeight
+from synapse.recording import record
+from synapse.types import Activations
+
+HEAD = "head.weight"
+WIDTH = 8
+
+
+class SmallBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        return torch.cat([hidden[:, :1] + torch.tanh(self.mix(hidden[:, 1:].mean(dim=1)))[:, None], hidden[:, 1:]], 1)
+
+
+class Small(nn.Module):
+    """Two blocks of width 8 and a head whose rows are the labels."""
+
+    def __init__(self, n_labels, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList([SmallBlock(), SmallBlock()])
+        self.head = nn.Linear(WIDTH, n_labels)
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden[:, 0])
+
+
+def small_classifier(n_labels=4, seed=0):
+    ids = np.random.default_rng(seed).integers(20, size=(4, 5))
+    return Classifier.from_module(
+        Small(n_labels, seed).eval(),
+        preprocess=lambda ids: {"ids": torch.as_tensor(np.asarray(ids))},
+        labels=[f"class {c}" for c in range(n_labels)],
+        sample=ids,
+    )
+
+
+def features_of(classifier, features, targets, name):
+    """Activations that hold these features, and the logits that the head gives them."""
+    with torch.no_grad():
+        logits = classifier.final(torch.from_numpy(features)).numpy()
+    values = np.zeros((classifier.n_layers, len(features), classifier.width), dtype=np.float32)
+    return Activations(values, logits, targets, classifier.labels, name, features=features)
+
+
+def drawn_features(classifier, n, seed):
+    """Features of which the stored head gets most right: their class is what it says of them without a little noise."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, WIDTH)).astype(np.float32)
+    with torch.no_grad():
+        targets = classifier.final(torch.from_numpy(features)).argmax(dim=1).numpy()
+    return features_of(classifier, features, targets, f"drawn-{seed}")
+
+
+def int8_heads_with_one_flip(weight):
+    """Every head that one flip of an int8 word makes, in order of (weight, bit), by a loop over bytes."""
+    scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(127)
+    words = np.round(weight / scale).astype(np.int8)
+    heads = []
+    for place in range(words.size):
+        for bit in range(8):
+            flipped = words.copy().view(np.uint8).ravel()
+            flipped[place] ^= 1 << bit
+            heads.append(flipped.view(np.int8).reshape(words.shape) * scale)
+    return words * scale, np.array(heads)
+
+
+def loss_and_lost(logits, targets, source, target, clean):
+    """The objective and the share of others lost, by its definition, for the logits of one head."""
+    right = clean.argmax(axis=1) == targets
+    attacked, others = right & (targets == source), right & (targets != source)
+    wanted = np.where(attacked, target, targets)
+    each = logsumexp(logits, axis=1) - logits[np.arange(len(logits)), wanted]
+    rest = each[others].mean() if others.any() else 0.0
+    lost = (logits.argmax(axis=1) != targets)[others].mean() if others.any() else 0.0
+    return each[attacked].mean() + rest, lost
+
+
+# ----------------------------------------------------------------------------------------------------------- candidates
+
+
+@pytest.mark.parametrize("number_format", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("chunk", [7, 1 << 14])
+def test_the_best_flips_of_every_bit_are_those_that_sorting_all_of_them_gives(monkeypatch, number_format, chunk):
+    monkeypatch.setattr(scoring, "CHUNK", chunk)
+    rng = np.random.default_rng(4)
+    weights = [torch.from_numpy(rng.normal(size=shape).astype(np.float32)) for shape in ((5, 9), (3, 4))]
+    gradients = [torch.from_numpy(rng.normal(size=w.shape).astype(np.float32)) for w in weights]
+    stored = [StoredWeight.of(w, number_format) for w in weights]
+    found = best_flips(stored, gradients, (0, 3, 7), each_bit=5)
+    places = list(found.places)
+    assert places == sorted(places)
+    for bit in (0, 3, 7):
+        promises = {}
+        for t, (s, g) in enumerate(zip(stored, gradients, strict=True)):
+            for i in range(g.numel()):
+                value = s.flipped(torch.tensor([i]), torch.tensor([bit])).values().flatten()[i]
+                promises[t, i] = -float(g.flatten()[i]) * float(value - s.values().flatten()[i])
+        expected = sorted(promises, key=lambda place: (-promises[place], place))[:5]
+        assert sorted(expected) == [(t, i) for t, i, b in places if b == bit]
+        promised = [p for p, place in zip(found.promise, places, strict=True) if place.bit == bit]
+        np.testing.assert_allclose(promised, [promises[p] for p in sorted(expected)], rtol=1e-4)
+
+
+def test_among_equal_promises_the_lower_place_is_taken_and_made_flips_are_left_out():
+    stored, gradient = StoredWeight.of(torch.ones(6, 6), "int8"), torch.full((6, 6), -1.0)
+    found = best_flips([stored], [gradient], (7,), each_bit=3, without=[Place(0, 1, 7)])
+    assert [place.weight for place in found.places] == [0, 2, 3]
+
+
+def test_flips_to_infinity_are_left_out_or_promise_everything():
+    stored, gradient = StoredWeight.of(torch.tensor([1.0, 0.5]), "float32"), torch.tensor([-1e-6, -1.0])
+    assert best_flips([stored], [gradient], (30,), each_bit=2).places == (Place(0, 1, 30),)  # 1.0 becomes infinite
+    found = best_flips([stored], [gradient], (30,), each_bit=1, finite=False)
+    assert (found.places, found.promise.tolist()) == ((Place(0, 0, 30),), [np.inf])
+
+
+def test_every_tensor_has_its_best_weights_however_little_they_promise():
+    rng = np.random.default_rng(4)
+    weights = [torch.from_numpy(rng.normal(size=(4, 6)).astype(np.float32)) for _ in range(3)]
+    gradients = [torch.from_numpy(rng.normal(size=(4, 6)).astype(np.float32)) * 10.0**-t for t in range(3)]
+    stored, made = [StoredWeight.of(w, "int8") for w in weights], Place(1, 5, 7)
+    found = best_flips(stored, gradients, range(8), each_bit=0, each_tensor=2, without=[made])
+    for t, (s, g) in enumerate(zip(stored, gradients, strict=True)):
+        promises = {
+            Place(t, i, b): -float(
+                g.flatten()[i] * (s.flipped(*torch.tensor([[i], [b]])).values() - s.values()).flatten()[i]
+            )
+            for i in range(24)
+            for b in range(8)
+            if Place(t, i, b) != made
+        }
+        best_of_weight = [max((p for p in promises if p.weight == i), key=promises.get) for i in range(24)]
+        expected = sorted(best_of_weight, key=promises.get, reverse=True)[:2]
+        assert sorted(expected) == [place for place in found.places if place.tensor == t]
+
+
+def test_random_flips_are_distinct_seeded_and_of_the_kind_asked_for():
+    stored = {"a": StoredWeight.of(torch.ones(4, 5), "float16"), "b": StoredWeight.of(torch.ones(3), "float16")}
+    every = random_flips(stored, (14, 15), 23, finite=True, seed=1)  # 1.0 with bit 14 set is infinite
+    assert {flip.bit for flip in every} == {15}
+    assert {(flip.weight, flip.index) for flip in every} == {("a", i) for i in range(20)} | {("b", i) for i in range(3)}
+    assert random_flips(stored, (15,), 5, seed=1) == random_flips(stored, (15,), 5, seed=1)
+    assert random_flips(stored, (15,), 5, seed=1) != random_flips(stored, (15,), 5, seed=2)
+    with pytest.raises(SettingsError, match="24 random flips were asked for, and only 23 can be made"):
+        random_flips(stored, (14, 15), 24, finite=True, seed=1)
+
+
+# ---------------------------------------------------------------------------------------------------- the search: heads
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_first_flip_is_the_best_of_all_where_all_are_tried(seed):
+    classifier = small_classifier(4, seed)
+    fit, score = drawn_features(classifier, 80, seed), drawn_features(classifier, 40, seed + 100)
+    weight, bias = classifier.final.weight.detach().numpy(), classifier.final.bias.detach().numpy()
+    stored, heads = int8_heads_with_one_flip(weight)
+    clean = fit.features @ stored.T + bias
+    source = int(np.bincount(clean.argmax(axis=1)).argmax())
+    target = (source + 1) % 4
+    results = [loss_and_lost(fit.features @ h.T + bias, fit.targets, source, target, clean) for h in heads]
+    allowed = [loss if lost <= 0.1 else np.inf for loss, lost in results]
+    search = BitSearch("int8", each_bit=48, most=1, bound=0.1, share=1.0)
+    names = (f"class {source}", f"class {target}")
+    attack = search.find(classifier, fit, score, source=names[0], target=names[1])
+    best = int(np.argmin(allowed))
+    start, _ = loss_and_lost(clean, fit.targets, source, target, clean)
+    assert allowed[best] < start
+    assert attack.flips == (Flip(HEAD, best // 8, best % 8),)
+    assert attack.stopped in (SPENT, REACHED)
+    few = replace(search, each_bit=3).find(classifier, fit, score, source=names[0], target=names[1])
+    assert few.flips == attack.flips  # three of every bit are enough here
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_flips_are_the_best_pair_where_their_gains_add_up(seed):
+    """With two classes and one feature the loss falls with the margin, and margins of int8 flips add up."""
+    classifier = small_classifier(2, seed)
+    feature = np.random.default_rng(seed).normal(size=(1, WIDTH)).astype(np.float32)
+    weight, bias = classifier.final.weight.detach().numpy(), classifier.final.bias.detach().numpy()
+    stored, heads = int8_heads_with_one_flip(weight)
+    source = int((feature @ stored.T + bias).argmax())
+    fit = features_of(classifier, np.repeat(feature, 3, axis=0), np.full(3, source), "fit")
+    score = features_of(classifier, feature, np.array([source]), "score")
+    changes = heads - stored
+    margins = ((changes @ feature[0]) * np.where(np.arange(2) == source, -1, 1)).sum(axis=1)
+    best = max(combinations(range(len(heads)), 2), key=lambda pair: margins[pair[0]] + margins[pair[1]])
+    search = BitSearch("int8", each_bit=16, most=2, share=1.1)
+    attack = search.find(classifier, fit, score, source=f"class {source}", target=f"class {1 - source}")
+    chosen = [flip.index * 8 + flip.bit for flip in attack.flips]
+    assert margins[chosen].sum() == pytest.approx(margins[list(best)].sum(), rel=1e-5)
+
+
+def test_the_gradient_of_the_head_is_its_closed_form():
+    classifier = small_classifier(3)
+    fit = drawn_features(classifier, 50, 1)
+    aim = Aim.of(fit.targets, fit.logits, 0, 1)
+    (gradient,) = runs_of(classifier, fit).gradients(aim.loss(0.5), [classifier.final.weight])
+    attacked, others = fit.targets == 0, fit.targets != 0
+    shares = np.exp(fit.logits - logsumexp(fit.logits, axis=1, keepdims=True))
+    wrong = shares - np.eye(3)[np.where(attacked, 1, fit.targets)]
+    weights = attacked / attacked.sum() + 0.5 * others / others.sum()
+    np.testing.assert_allclose(gradient.numpy(), (wrong * weights[:, None]).T @ fit.features, atol=1e-6)
+    assert classifier.final.weight.requires_grad  # as it was
+
+
+@pytest.mark.parametrize("number_format", ["float32", "float16", "bfloat16", "int8"])
+def test_an_attack_on_the_head_does_in_the_live_model_what_its_outcomes_say(number_format):
+    classifier, examples = planted_classifier(), planted_examples(60, seed=1)
+    fit, score = record(classifier, planted_examples(60, seed=2)), record(classifier, examples)
+    before = classifier.weights_hash()
+    # 46 of the 48 weights are 0 and promise alike, so that few candidates would hold none of unit B_UNIT
+    attack = BitSearch(number_format, each_bit=16).find(classifier, fit, score, source="b", target="c")
+    assert classifier.weights_hash() == before
+    assert attack.stopped == REACHED
+    assert attack.scoring[0] == Outcome(0, 20, 0, 40, 0)
+    assert attack.after == tuple(range(len(attack.flips) + 1))
+    with classifier.edited(attack):
+        predicted = classifier.predict(examples).argmax(axis=1)
+    assert (predicted[score.targets == 1] == 2).mean() == attack.scoring[-1].success >= 0.95
+    assert (predicted != score.targets)[score.targets != 1].mean() == attack.scoring[-1].collateral <= 0.02
+    assert attack.flips_for(0.95) == len(attack.flips)
+    assert classifier.weights_hash() == before
+
+
+def test_stealth_refuses_what_the_same_search_does_without_it():
+    classifier = small_classifier(4, 3)
+    fit, score = drawn_features(classifier, 120, 3), drawn_features(classifier, 60, 30)
+    source, target = (f"class {c}" for c in np.argsort(-np.bincount(fit.targets, minlength=4))[:2])
+    free = BitSearch("int8", stealth=0.0, bound=1.0, most=6).find(classifier, fit, score, source=source, target=target)
+    held = BitSearch("int8", bound=0.01, most=6).find(classifier, fit, score, source=source, target=target)
+    assert max(outcome.collateral for outcome in held.fitting) <= 0.01 < free.fitting[-1].collateral
+
+
+def test_a_search_without_a_target_breaks_the_classes_and_one_that_may_do_nothing_stops():
+    classifier = small_classifier(3, 1)
+    fit, score = drawn_features(classifier, 90, 1), drawn_features(classifier, 60, 2)
+    attack = BitSearch("int8", share=0.6).find(classifier, fit, score)
+    assert attack.stopped == REACHED
+    assert attack.scoring[0].success == 0
+    assert attack.scoring[-1].success > 0.4
+    assert np.isnan(attack.scoring[-1].collateral)  # nobody was to be spared
+    idle = BitSearch("int8", bits=(0,), bound=-1.0).find(classifier, fit, score, source="class 0", target="class 1")
+    assert (idle.stopped, idle.flips) == (STUCK, ())
+
+
+# ---------------------------------------------------------------------------------------------- the search: live models
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_a_trial_that_starts_at_its_block_gives_the_logits_of_the_whole_model(architecture):
+    classifier, examples = random_classifier(architecture), random_examples(12, seed=5)
+    runs = runs_of(classifier, examples, keeps=True)
+    with torch.inference_mode(False):
+        runs.logits()
+        for name, weight in classifier.module.named_parameters():
+            if weight.ndim >= 2:
+                with torch.no_grad():
+                    weight[1, 1] += 2.0
+                trial = runs.logits_with(name)
+                np.testing.assert_allclose(trial, classifier.predict(examples), rtol=1e-3, atol=1e-3)
+                with torch.no_grad():
+                    weight[1, 1] -= 2.0
+    assert isinstance(runs, LiveRuns)
+    assert not any(runs._whole.values())
+    assert len(runs._whole) >= 5
+
+
+def test_trials_that_do_not_agree_with_the_whole_model_are_run_whole(monkeypatch):
+    classifier, examples = random_classifier("bert"), random_examples(6, seed=5)
+    runs = runs_of(classifier, examples, keeps=True)
+    clean = runs.logits()
+    resumed = LiveRuns._resumed
+    monkeypatch.setattr(LiveRuns, "_resumed", lambda self, clean, layer: resumed(self, clean, layer) + 1)
+    np.testing.assert_allclose(runs.logits_with("classifier.weight"), clean, atol=1e-5)
+
+
+def test_the_whole_model_is_searched_by_the_gradient_and_comes_back():
+    classifier = planted_classifier()
+    fit, score = planted_examples(45, seed=2), planted_examples(60, seed=1)
+    before, flags = classifier.weights_hash(), [p.requires_grad for p in classifier.module.parameters()]
+    attack = BitSearch("int8", each_bit=2).find(classifier, fit, score, source="b", target="a")
+    assert attack.stopped == REACHED
+    assert attack.scoring[-1].success >= 0.95
+    assert attack.scoring[-1].collateral <= 0.05
+    assert set(attack.perturbation.weights) == {"embedding.weight", "blocks.0.mix.weight", "blocks.1.mix.weight", HEAD}
+    with classifier.edited(attack):
+        predicted = classifier.predict(score).argmax(axis=1)
+    assert (predicted == 0)[np.array(score.labels) == "b"].mean() == attack.scoring[-1].success
+    assert classifier.weights_hash() == before
+    assert [p.requires_grad for p in classifier.module.parameters()] == flags
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+def test_the_weights_come_back_where_the_search_breaks_off(error):
+    classifier = planted_classifier()
+    before, fit, score = classifier.weights_hash(), planted_examples(30, seed=2), planted_examples(30, seed=1)
+
+    def stop(done, total):
+        raise error
+
+    with pytest.raises(error):
+        BitSearch("float16", share=1.1).find(classifier, fit, score, source="b", target="c", progress=stop)
+    assert classifier.weights_hash() == before
+
+
+def test_logits_that_are_no_numbers_are_counted():
+    logits = np.array([[2, 1, 0], [np.nan, 1, 0], [0, np.inf, 0], [0, 0, 1]], dtype=np.float32)
+    targets = np.array([0, 0, 1, 2])
+    aim = Aim.of(targets, np.eye(3, dtype=np.float32)[targets], 0, None)
+    assert aim.outcome(logits) == Outcome(redirected=1, attacked=2, lost=1, others=2, nonfinite=2)
+    towards = replace(aim, target=1)
+    assert towards.outcome(logits) == Outcome(redirected=0, attacked=2, lost=1, others=2, nonfinite=2)
+    assert towards.loss(1.0).value(logits) == np.inf
+    assert Aim.of(targets, np.eye(3, dtype=np.float32)[targets], None, None).loss(1.0).value(logits) == -np.inf
+
+
+# ------------------------------------------------------------------------------------------------ controls, and keeping
+
+
+def test_random_flips_of_equal_number_are_scored_beside_the_attack():
+    classifier = planted_classifier()
+    fit, score = record(classifier, planted_examples(60, seed=2)), record(classifier, planted_examples(60, seed=1))
+    before, search = classifier.weights_hash(), BitSearch("int8")
+    attack = search.find(classifier, fit, score, source="b", target="c")
+    draws = random_attacks(search, attack, classifier, score, seed=3)
+    assert len(draws) == 10
+    assert len({draw.flips for draw in draws}) == 10
+    assert {(draw.arm, len(draw.flips), draw.scoring[0]) for draw in draws} == {
+        ("random", len(attack.flips), attack.scoring[0])
+    }
+    assert np.mean([draw.scoring[-1].success for draw in draws]) < attack.scoring[-1].success
+    with classifier.edited(draws[0]):
+        assert classifier.weights_hash() != before
+    assert classifier.weights_hash() == before
+    assert random_attacks(search, attack, classifier, score, seed=3, draws=2) == draws[:2]
+
+
+def test_an_attack_is_kept_read_and_applied_and_a_changed_file_is_refused(tmp_path):
+    classifier = planted_classifier()
+    fit, score = record(classifier, planted_examples(60, seed=2)), record(classifier, planted_examples(60, seed=1))
+    attack = BitSearch("int8").find(classifier, fit, score, source="b", target="c")
+    attack.save(tmp_path / "attack")
+    assert sorted(path.name for path in (tmp_path / "attack").iterdir()) == [
+        *("attack.json", "checksums.json", "flips.safetensors")
+    ]
+    loaded = BitAttack.load(tmp_path / "attack")
+    assert loaded == attack
+    told = json.loads((tmp_path / "attack" / "attack.json").read_text())
+    assert (told["source"], told["target"], told["number_format"]) == ("b", "c", "int8")
+    with torch.no_grad():
+        classifier.module.head.weight[0, 0] += 1
+    with (
+        pytest.raises(SettingsError, match="found for other weights than those of 'planted'"),
+        loaded.applied(classifier),
+    ):
+        pass
+    (tmp_path / "attack" / "attack.json").write_text(json.dumps(told | {"target": "a"}))
+    with pytest.raises(RunFolderError, match="is no whole attack: attack.json has"):
+        BitAttack.load(tmp_path / "attack")
+
+
+def test_what_cannot_be_attacked_is_refused():
+    classifier = planted_classifier()
+    fit, score = planted_examples(30, seed=2), planted_examples(30, seed=1)
+    search = BitSearch("int8")
+    with pytest.raises(SplitError, match="scored on the examples that they are fitted to"):
+        search.find(classifier, fit, fit, source="b", target="c")
+    with pytest.raises(SettingsError, match="There is no class 'd'; the classes are a, b, c."):
+        search.find(classifier, fit, score, source="b", target="d")
+    with pytest.raises(SettingsError, match="Source and target are both 'b'"):
+        search.find(classifier, fit, score, source="b", target="b")
+    with pytest.raises(SettingsError, match="One split is activations and the other examples"):
+        search.find(classifier, record(classifier, fit), score, source="b", target="c")
+    with pytest.raises(SettingsError, match="blocks.0.mix.weight does not act on recorded features"):
+        BitSearch(weights=("blocks.*",)).find(
+            classifier, record(classifier, fit), record(classifier, score), source="b", target="c"
+        )
+    with pytest.raises(SettingsError, match="positions from 0 to 7 of int8 were expected"):
+        BitSearch(bits=(8,)).find(classifier, fit, score, source="b", target="c")
+    only_a = Examples(fit.inputs, ("a",) * len(fit), "all a")
+    with pytest.raises(SettingsError, match="No fitting example of b can be redirected to c"):
+        search.find(classifier, only_a, score, source="b", target="c")
+    assert classifier.labels == LABELS
+
+
+def test_one_bit_of_a_real_head_redirects_a_class_in_float16_and_in_int8_it_takes_many(shared):
+    classifier = Classifier.from_pretrained(shared / "models" / "tiny-splice", device="cpu")
+    train, test = (read_examples(shared / "data" / "splice" / f"{part}.csv") for part in ("train", "test"))
+    fit, score = record(classifier, train.take(range(150))), record(classifier, test.take(range(150)))
+    before = classifier.weights_hash()
+    search = BitSearch("float16", bound=0.05)
+    attack = search.find(classifier, fit, score, source="exon-intron", target="neither")
+    draws = random_attacks(search, attack, classifier, score, seed=0)
+    assert len(attack.flips) == 1
+    assert attack.scoring[-1].attacked > 20
+    assert attack.scoring[-1].success > 0.9
+    # one bit in 16 is the highest of the exponent, so that a random flip in many does as much
+    assert np.mean([draw.scoring[-1].success for draw in draws]) < 0.5
+    many = BitSearch("int8", bound=0.05, most=12).find(classifier, fit, score, source="exon-intron", target="neither")
+    assert many.stopped == SPENT
+    assert many.fitting[-1].success < 0.95
+    assert classifier.weights_hash() == before
