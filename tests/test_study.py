@@ -108,7 +108,7 @@ def test_the_planted_neurons_would_come_first_again(planted_run):
     card = json.loads((planted_run / "scorecard.json").read_text())["rank_stability"]
     table = pd.read_parquet(planted_run / "tables" / "rank_stability.parquet")
     assert card["settled"]["1"] == {
-        "value": 2.0, "low": None, "high": None, "n": 30, "unit": "units", "note": "of 2"
+        "value": 2.0, "low": None, "high": None, "n": 100, "unit": "units", "note": "of 2"
     }  # fmt: skip
     assert card["kuncheva"]["1"]["value"] == 1.0
     assert set(card["nogueira_of_class"]["1"]) == {"a", "b", "c"}
@@ -116,7 +116,7 @@ def test_the_planted_neurons_would_come_first_again(planted_run):
     assert set(table["method"]) == {"cumulative-mass"}
     planted = table[(table["label"] == "") & table["unit"].isin([B_UNIT, C_UNIT])]
     assert set(planted["top_probability"]) == {1.0}
-    assert any(line.startswith("Ranked again by cumulative-mass on 30 draws") for line in summary_lines(planted_run))
+    assert any(line.startswith("Ranked again by cumulative-mass on 100 draws") for line in summary_lines(planted_run))
 
 
 def test_a_study_without_draws_has_no_table_of_them(tmp_path):

@@ -289,3 +289,30 @@ def test_windows_follow_each_other_and_are_of_about_one_size(n, width, monkeypat
     assert all(size == layout.window for size in sizes[:-1])
     assert layout.window <= 64 or layout.window * 12 * width * 4 <= 32 * 2**20
     assert Layout.of_plain(json.loads(json.dumps(layout.plain()))) == layout
+
+
+@pytest.mark.parametrize("ends_in", ["seal", "moved", "rename"])
+def test_a_recording_that_is_killed_while_it_is_put_in_its_place_is_put_there_later(subject, tmp_path, ends_in):
+    """Up to the seal the windows are through; after it nothing is run again, whatever is left of their records."""
+    classifier, examples = subject
+    whole = files_of(only_recording_of(subject, tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        place = {"seal": of_folder, "moved": of_folder.Draft, "rename": of_folder.Path}[ends_in]
+        patch.setattr(place, ends_in, _killed)
+        with pytest.raises(KeyboardInterrupt):
+            record(classifier, examples, keep=tmp_path / "killed")
+    if ends_in == "rename":
+        assert not list((tmp_path / "killed").glob(".*.draft/windows"))
+    with counted_calls(classifier.blocks[0]) as calls:
+        record(classifier, examples, keep=tmp_path / "killed")
+    assert sum(calls) == LOOKED_AT
+    assert files_of(only_recording(tmp_path / "killed")) == whole
+
+
+def only_recording_of(subject, shelf):
+    record(*subject, keep=shelf)
+    return only_recording(shelf)
+
+
+def _killed(*_arguments, **_options):
+    raise KeyboardInterrupt

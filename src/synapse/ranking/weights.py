@@ -158,7 +158,8 @@ def _mass_before(
     """Return the share of a class's weight mass that stands strictly before each neuron, and the neuron's own share."""
     total = weights.sum(axis=2, keepdims=True)
     share = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-    order = np.argsort(-share, axis=2, kind="stable")
+    # Weights that agree to a billionth of the mass are ties: a solver does not tell equal neurons apart by more.
+    order = np.argsort(-np.round(share, 9), axis=2, kind="stable")
     ordered = np.take_along_axis(share, order, axis=2)
     before = np.empty_like(share)
     np.put_along_axis(before, order, np.cumsum(ordered, axis=2) - ordered, axis=2)

@@ -192,10 +192,12 @@ def _kept(
             progress(len(examples), len(examples))
             return found
         draft = shelf.draft(key, layout, dependencies, targets)
-        counted = _Counted(progress, len(examples))
-        for window in range(layout.n_windows):
-            _write_window(classifier, examples, targets, wanted, draft, window, counted)
-        return draft.finished(shelf.folder / key)
+        if not draft.is_sealed:
+            counted = _Counted(progress, len(examples))
+            for window in range(layout.n_windows):
+                _write_window(classifier, examples, targets, wanted, draft, window, counted)
+            draft.seal()
+        return draft.moved(shelf.folder / key)
 
 
 def _write_window(

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from synapse.errors import ResourceError, RunFolderError, SettingsError
-from synapse.integrity import FileRecord, flaws, records_of, seal, write_whole
+from synapse.integrity import SEAL, FileRecord, flaws, records_of, seal, write_whole
 from synapse.moments import Moments
 from synapse.recording.passes import Window
 from synapse.stored import MISSING, StoredRows, StoredValues, encoded_numbers, read_numbers
@@ -153,6 +153,9 @@ class Draft:
         check_disk(folder.parent, layout.n_bytes - here)
         if not is_ours:
             draft._begin(manifest, targets)
+        elif not draft.is_sealed:
+            (folder / SEAL).unlink(missing_ok=True)
+            (folder / "windows").mkdir(exist_ok=True)
         return draft
 
     def _begin(self, manifest: str, targets: np.ndarray) -> None:
@@ -204,13 +207,22 @@ class Draft:
             )
         return encoded
 
-    def finished(self, folder: Path) -> "Recording":
-        """Seal the draft and move it to its place."""
+    @property
+    def is_sealed(self) -> bool:
+        """Whether all windows are through, and their files are what was written: killed between that and its move."""
+        return not flaws(self.folder)
+
+    def seal(self) -> None:
+        """Write down what the windows hold, all of which are through."""
         known: dict[str, FileRecord] = {}
         for window in range(self.layout.n_windows):
             known |= json.loads(self._record(window).read_text(encoding="utf-8"))
-        shutil.rmtree(self.folder / "windows")
-        seal(self.folder, known=known)
+        records = [self._record(window).relative_to(self.folder) for window in range(self.layout.n_windows)]
+        seal(self.folder, known=known, without=[record.as_posix() for record in records])
+
+    def moved(self, folder: Path) -> "Recording":
+        """Move the sealed draft to its place."""
+        shutil.rmtree(self.folder / "windows", ignore_errors=True)
         if folder.exists():  # what was there was found to be damaged
             shutil.rmtree(folder)
         self.folder.rename(folder)
