@@ -186,7 +186,7 @@ class Draft:
     def write(self, window: int, found: Window) -> None:
         """Write what a window gave."""
         span = self.layout.span(window)
-        for name, (_, _) in self.layout.components.items():
+        for name in self.layout.components:
             for layer, states in enumerate(found.values[name]):
                 self._values[f"{name}/{layer:02d}"][span] = self._encoded(states, f"{name} of layer {layer}")
             for kind, moments in (("rows", found.rows[name]), ("classes", found.classes[name])):
