@@ -25,8 +25,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from synapse.errors import RestoreError, SettingsError, near
-from synapse.model.classifier import Classifier, hash_tensors
+from synapse.errors import SettingsError, near
+from synapse.model.classifier import Classifier
+from synapse.perturb.weights import put_back
 
 Format = Literal["float32", "float16", "bfloat16", "int8"]
 """How weights are stored."""
@@ -270,19 +271,8 @@ class BitFlips:
             RestoreError: the weights could not be put back bit for bit.
         """
         weights = named_weights(classifier, self.weights, self.number_format)
-        saved = {name: weight.detach().clone() for name, weight in weights.items()}
-        before = hash_tensors(weights)
-        try:
+        with put_back(weights, "The weights", type(self).__name__) as saved:
             with torch.no_grad():
                 for name, weight in self.stored(saved).items():
                     weights[name].copy_(weight.values())
             yield
-        finally:
-            with torch.no_grad():
-                for name, old in saved.items():
-                    weights[name].copy_(old)
-            if hash_tensors(weights) != before:
-                raise RestoreError(
-                    "The weights are not what they were before BitFlips; load the model again, and do not trust what "
-                    "was measured after."
-                )

@@ -70,22 +70,33 @@ class WeightPerturbation(ABC):
             RestoreError: the weights could not be put back bit for bit.
         """
         weights = self.weights(classifier)
-        saved = {name: weight.detach().clone() for name, weight in weights.items()}
-        before = hash_tensors(weights)
-        try:
+        with put_back(weights, f"The weights at {self.place!r}", type(self).__name__) as saved:
             with torch.no_grad():
                 for name, change in self.changes(saved).items():
                     weights[name].add_(change.to(weights[name]))
             yield
-        finally:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    weight.copy_(saved[name])
-            if hash_tensors(weights) != before:
-                raise RestoreError(
-                    f"The weights at {self.place!r} are not what they were before {type(self).__name__}; load the "
-                    "model again, and do not trust what was measured after."
-                )
+
+
+@contextmanager
+def put_back(weights: Mapping[str, Tensor], place: str, what: str) -> Iterator[dict[str, Tensor]]:
+    """Give copies of weights, and put them back at the end; `place` and `what` changed them are named where that fails.
+
+    Raises:
+        RestoreError: the weights could not be put back bit for bit.
+    """
+    saved = {name: weight.detach().clone() for name, weight in weights.items()}
+    before = hash_tensors(weights)
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(saved[name])
+        if hash_tensors(weights) != before:
+            raise RestoreError(
+                f"{place} are not what they were before {what}; load the model again, and do not trust what was "
+                "measured after."
+            )
 
 
 @dataclass(frozen=True)
