@@ -85,7 +85,7 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("record-minilm", minilm, (1024, 96)),
-        Workload("record-bert-base", partial(encoder, BERT_BASE), (96, 96)),
+        Workload("record-bert-base", partial(encoder, BERT_BASE), (256, 96)),
         Workload("record-memory", minilm, (4000, 100), peers=(), growth=10),
     )
 }
