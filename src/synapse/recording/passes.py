@@ -1,6 +1,6 @@
 """What one window of examples gives: the states of every site asked for, the logits and the features."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -75,15 +75,14 @@ def run_window(
     with classifier.studied():
         for batch in _ahead(classifier.batches(examples.inputs)):
             for part, found, _ in in_halves(batch, partial(_pass, classifier, sites=sites, wanted=wanted)):
-                rows_of = cache(partial(_Rows, classifier, part))
                 for name, places in sites.items():
-                    rows[name] = _take(places, found, name, rows_of, values[name], rows[name])
+                    states = [found.states[name, layer] for layer in range(len(places))]
+                    values[name][:, part.index] = np.stack([state.readout for state in states])
+                    rows[name] = rows[name].merged(_moments([state.rows for state in states if state.rows is not None]))
                 if logits is not None and found.logits is not None:
                     logits[part.index] = found.logits.float().cpu().numpy()
                 if features is not None:
-                    states = found.states["features", 0]
-                    read = rows_of(states.shape[1]).readout_state(classifier.sites("pooler")[0], states)
-                    features[part.index] = read.cpu().numpy()
+                    features[part.index] = found.states["features", 0].readout
                 progress(len(part.index))
     for array in (*(np.moveaxis(each, 1, 0) for each in values.values()), logits):
         if array is not None and not np.isfinite(array).all():
@@ -96,11 +95,23 @@ def run_window(
     return Window(values, logits, features, rows, classes)
 
 
+RowMoments = tuple[int, np.ndarray, np.ndarray]
+"""Count, mean and sum of squared distances of rows, by unit."""
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """What is kept of the states of a site: those at the readout row, and the moments of all rows where wanted."""
+
+    readout: Float[np.ndarray, "example unit"]
+    rows: RowMoments | None
+
+
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The states of one pass by component and layer (`features`: what the final map reads), and the logits."""
+    """What one pass gave by component and layer (`features`: what the final map reads), and the logits."""
 
-    states: Mapping[tuple[str, int], Float[Tensor, "example token unit"]]
+    states: Mapping[tuple[str, int], _States]
     logits: Float[Tensor, "example label"] | None
 
 
@@ -112,14 +123,16 @@ def _pass(
     classifier: Classifier, batch: Batch, *, sites: Mapping[Component, tuple[Site, ...]], wanted: Wanted
 ) -> _Found:
     """Return what is wanted of one forward pass, which ends with the deepest site where no logits are."""
-    kept: dict[tuple[str, int], Tensor] = {}
+    kept: dict[tuple[str, int], _States] = {}
     places: list[tuple[tuple[str, int], Site]] = [
         ((name, layer), site) for name, found in sites.items() for layer, site in enumerate(found)
     ]
     if wanted.n_features(classifier) is not None:
         places.append((("features", 0), classifier.sites("pooler")[0]))
-    last = None if wanted.logits else len(places)
-    edits: list[tuple[Site, Edit]] = [(site, partial(_keep, kept, place, last)) for place, site in places]
+    last, rows_of = None if wanted.logits else len(places), cache(partial(_Rows, classifier, batch))
+    edits: list[tuple[Site, Edit]] = [
+        (site, partial(_keep, kept, place, site, rows_of, last)) for place, site in places
+    ]
     try:
         with edited_sites(classifier.module, edits):
             return _Found(kept, classifier.forward(batch))
@@ -127,9 +140,19 @@ def _pass(
         return _Found(kept, None)
 
 
-def _keep(kept: dict[tuple[str, int], Tensor], place: tuple[str, int], last: int | None, states: Tensor) -> None:
-    # A copy: a block that works in place would change what the one before it returned.
-    kept[place] = states.clone()
+def _keep(
+    kept: dict[tuple[str, int], _States],
+    place: tuple[str, int],
+    site: Site,
+    rows_of: Callable[[int], "_Rows"],
+    last: int | None,
+    states: Tensor,
+) -> None:
+    # While the states are there: a block that works in place would change what the one before it returned, and a copy
+    # of every layer costs more than what is kept of it.
+    rows = rows_of(states.shape[1])
+    moments = None if place[0] == "features" else rows.moments(site, states)
+    kept[place] = _States(rows.readout_state(site, states).cpu().numpy(), moments)
     if len(kept) == last:
         raise _Enough
 
@@ -161,34 +184,24 @@ class _Rows:
             return self.classifier.readout_state(self.batch, site, states)
         return states[torch.arange(len(states), device=states.device), self.read].float()
 
-    def moments(self, site: Site, states: Float[Tensor, "example token unit"]) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return count, mean and sum of squared distances of all rows that are no padding, by unit."""
+    def moments(self, site: Site, states: Float[Tensor, "example token unit"]) -> RowMoments:
+        """Return the moments of all rows that are no padding."""
         rows = states.flatten(0, 1)
-        if site.layout != "example unit":
-            rows = rows.index_select(0, self.there)
-        rows = rows.float()
-        mean = rows.mean(dim=0)
-        squares = (rows - mean).square_().sum(dim=0)
+        if site.layout == "example unit":
+            rows = rows.float()
+            mean = rows.mean(dim=0)
+            distances = rows - mean
+        else:
+            rows = rows.index_select(0, self.there).float()
+            mean = rows.mean(dim=0)
+            distances = rows.sub_(mean)  # these are a copy
+        squares = distances.square_().sum(dim=0)
         return len(rows), mean.double().cpu().numpy(), squares.double().cpu().numpy()
 
 
-def _take(
-    places: tuple[Site, ...],
-    found: _Found,
-    name: str,
-    rows_of: Callable[[int], _Rows],
-    values: Float[np.ndarray, "layer example unit"],
-    moments: Moments,
-) -> Moments:
-    """Write the readout states of a component's layers, and return the moments with those of their rows."""
-    parts = []
-    for layer, site in enumerate(places):
-        states = found.states[name, layer]
-        rows = rows_of(states.shape[1])
-        values[layer, rows.batch.index] = rows.readout_state(site, states).cpu().numpy()
-        parts.append(rows.moments(site, states))
-    counts, means, squares = zip(*parts, strict=True)
-    return moments.merged(Moments(np.array(counts), np.stack(means), np.stack(squares)))
+def _moments(layers: Sequence[RowMoments]) -> Moments:
+    counts, means, squares = zip(*layers, strict=True)
+    return Moments(np.array(counts), np.stack(means), np.stack(squares))
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:
