@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import sklearn
+import torch
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
@@ -242,6 +243,88 @@ def test_resamples_solved_together_are_those_solved_alone(l1_ratio, monkeypatch)
         if l1_ratio < 1:  # a pure lasso of four labels has many optima
             np.testing.assert_allclose(found.weights, alone.weights, atol=1e-5)
     assert np.isneginf(together[6].intercept[3])
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("_FALLING", 0.0),  # no step of the shared model is good enough
+        ("_OFTEN", 0.99),  # the shared model lacks weights
+        ("_GUESSES", 0),  # the shared model cannot be minimised
+        ("_SURELY", 1e4),  # single precision believes to be there too early
+        ("_REMEMBERED", 0),  # steps are not mixed
+        ("LARGEST_MODEL", 5),  # nor is there a model of its own for any resample
+    ],
+)
+def test_resamples_end_at_their_optimum_whatever_becomes_of_the_model_that_they_share(what, value, monkeypatch):
+    x, y = overlapping_classes(n=300, d=20, c=3)
+    counts = np.random.default_rng(0).multinomial(len(y), np.full(len(y), 1 / len(y)), size=5)
+    whole = solve(x, y, n_labels=3, penalty=0.02)
+    monkeypatch.setattr(solver_module, what, value)
+
+    together = solve_resamples(x, y, counts, n_labels=3, penalty=0.02, start=whole)
+
+    for draw, found in zip(counts, together, strict=True):
+        chosen = np.repeat(np.arange(len(y)), draw)
+        assert found.converged
+        assert optimality_gap(x[chosen], y[chosen], found, 0.02, 0.5) <= 1e-7
+
+
+def test_resamples_of_many_examples_need_one_model_for_all_of_them(monkeypatch):
+    x, y = overlapping_classes(n=2000, d=20, c=3)
+    counts = np.random.default_rng(0).multinomial(len(y), np.full(len(y), 1 / len(y)), size=20)
+    whole = solve(x, y, n_labels=3, penalty=0.01)
+    made, make = [], solver_module._Model.of
+    monkeypatch.setattr(solver_module._Model, "of", lambda *parts: made.append(1) or make(*parts))
+
+    together = solve_resamples(x, y, counts, n_labels=3, penalty=0.01, start=whole)
+
+    assert all(found.converged for found in together)
+    assert max(found.iterations for found in together) < 15
+    assert len(made) == 1
+
+
+def test_resamples_without_a_start_find_it():
+    x, y = overlapping_classes()
+    counts = np.random.default_rng(0).multinomial(len(y), np.full(len(y), 1 / len(y)), size=2)
+    whole = solve(x, y, n_labels=3, penalty=0.02)
+
+    found = solve_resamples(x, y, counts, n_labels=3, penalty=0.02)
+    started = solve_resamples(x, y, counts, n_labels=3, penalty=0.02, start=whole)
+
+    np.testing.assert_array_equal([one.weights for one in found], [one.weights for one in started])
+
+
+def test_a_resample_that_is_all_examples_stays_where_it_starts():
+    x, y = overlapping_classes()
+    whole = solve(x, y, n_labels=3, penalty=0.02)
+
+    (found,) = solve_resamples(x, y, np.ones((1, len(y)), dtype=int), n_labels=3, penalty=0.02, start=whole)
+
+    assert found.iterations == 0
+    np.testing.assert_array_equal(found.weights, whole.weights)
+
+
+def test_a_mixture_of_steps_that_are_linear_is_where_they_would_end():
+    random = np.random.default_rng(0)
+    fixed = torch.tensor([[[3.0, 2.0], [1.0, 4.0]]])
+    shrink = torch.from_numpy(random.normal(size=(4, 4)) / 6).float()
+    point, ends, ways = torch.zeros(1, 4), [], []
+    for _ in range(5):  # four numbers, and one more step
+        way = (fixed.flatten(1) - point) @ (torch.eye(4) - shrink)
+        point = point + way
+        ends.append(as_point(point))
+        ways.append(as_point(way))
+
+    mixed = solver_module._mixed(ends, ways)
+
+    assert float((point - fixed.flatten(1)).abs().max()) > 1e-3
+    np.testing.assert_allclose(mixed.weights, fixed, rtol=1e-3)
+
+
+def as_point(numbers):
+    """One problem with two labels and two units, and no intercepts that matter."""
+    return solver_module._Point(numbers.view(1, 2, 2), torch.zeros(1, 2))
 
 
 def test_a_large_working_set_goes_to_the_first_order_solver(monkeypatch):
