@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest check architectures figures bench-peers bench-sweep bench-probe bench-record clean
+.PHONY: demo test test-oldest test-cluster check architectures figures bench-peers bench-sweep bench-probe bench-record clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -22,6 +22,10 @@ OLDEST_TESTS := tests/test_architecture_table.py tests/recording tests/test_stud
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest --numprocesses auto -W 'ignore:`torch.jit:DeprecationWarning' $(OLDEST_TESTS)
+
+# Workers killed, nodes taken away, items that poison: minutes, so not part of `make test`.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -m cluster tests/execute
 
 check: $(STAMP)
 	$(BIN)/ruff check .

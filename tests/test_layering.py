@@ -15,6 +15,7 @@ ALLOWED = {
     "moments": set(),
     "stored": {"errors"},
     "integrity": set(),
+    "execute": {"errors"},
     "types": {"errors", "moments", "stored"},
     "data": {"errors", "types"},
     "model": {"errors", "types", "data"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "demo": {"errors", "types", "data", "model", "settings", "study"},
     "edits": {"errors", "types", "data", "model", "perturb", "ranking", "recording", "report", "sweeping"},
     "whatif": {"errors", "types", "data", "model", "perturb", "ranking", "measure", "edits"},
-    "testing": {"errors", "types", "data", "model", "perturb", "probe", "ranking"},
+    "testing": {"errors", "types", "data", "execute", "model", "perturb", "probe", "ranking"},
     "cli": {
         *("errors", "data", "model", "recording", "settings", "study", "demo", "report", "store", "edits", "whatif"),
         "integrity",

@@ -55,6 +55,7 @@ _HOMES = {
     "LogitShift": "synapse.perturb.logits",
     "HeadEdit": "synapse.perturb.weights",
     "WeightNoise": "synapse.perturb.weights",
+    **dict.fromkeys(("RayExecutor", "SerialExecutor"), "synapse.execute"),
     "sweep": "synapse.sweeping",
     "Grid": "synapse.sweeping",
     "plan": "synapse.sweeping",

@@ -9,7 +9,7 @@ SynapseError
 ├── ModelError           the classifier: no model there, no classification head
 │   ├── AnatomyError     its blocks, readout row or head could not be found or proved
 │   └── RestoreError     it did not come back as it was (never expected; nothing measured after it counts)
-├── ResourceError        the machine: memory that does not suffice
+├── ResourceError        the machine or the cluster: memory or workers that cannot be had
 ├── ConvergenceError     a probe that did not reach its optimum
 └── RunFolderError       a run folder that is missing, incomplete or of another format
 ```

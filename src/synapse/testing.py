@@ -10,6 +10,7 @@ def test_my_intervention_holds_what_every_intervention_holds():
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from synapse.data.examples import Examples
 from synapse.data.inputs import identities
 from synapse.errors import SynapseError
+from synapse.execute.base import Counts, Done, Executor, Failed
+from synapse.execute.contract import Token, Unbuildable, added, odd_refused, token
 from synapse.model.classifier import Batch, Classifier, Inputs, Perturbation
 from synapse.model.hooks import Site, hidden_states
 from synapse.perturb.base import Intervention, intervention_from_dict
@@ -122,6 +125,85 @@ def check_ranking(
             top == set(units.values()),
             f"puts {sorted(top)} first in layer {layer}; {sorted(units.values())} were planted",
         )
+
+
+def check_executor(executor: Executor) -> None:
+    """Check that an executor, open if it has to be, holds what every executor holds.
+
+    The clauses:
+
+    1. every item gives one outcome, with its position and the result that a plain loop gives; no items give none;
+    2. a generator is read as outcomes are taken: an endless one does no harm, nor does a map that is left half-way;
+    3. an item whose work raises is a `Failed` with its position, itself and the error, and the rest is done;
+    4. a recipe is built once in a process, and the work is given what that returned; another value as it is;
+    5. what `build()` raises goes to the caller;
+    6. it reports, in the end that all items are through.
+
+    Raises:
+        AssertionError: a clause does not hold; the message names it.
+    """
+    demand = functools.partial(_demand, executor)
+    _runs_every_item(executor, demand)
+    _reads_as_it_goes(executor, demand)
+    _goes_on_after_failures(executor, demand)
+    found = [outcome for outcome in executor.map(token, range(40), shared=Token()) if isinstance(outcome, Done)]
+    built = {outcome.result for outcome in found}
+    demand(
+        len(found) == 40 and all(name and place == ran for place, name, ran in built),
+        "does not give the work what the recipe builds",
+    )
+    demand(len(built) == len({ran for _, _, ran in built}), "builds a recipe more than once in a process")
+    try:
+        list(executor.map(added, [1], shared=Unbuildable()))
+    except LookupError:
+        return
+    demand(False, "keeps what `build()` raises from the caller")
+
+
+def _runs_every_item(executor: Executor, demand: Callable[[bool, str], None]) -> None:
+    """Clauses 1 and 6."""
+    items, reports = [(7 * i) % 200 for i in range(200)], list[Counts]()
+    outcomes = list(executor.map(added, items, shared=1000, report=reports.append))
+    demand(len(outcomes) >= 200, f"loses items: {len(outcomes)} outcomes of 200 items")
+    demand(len(outcomes) == 200, f"gives {len(outcomes)} outcomes of 200 items: one each was expected")
+    results = {outcome.position: outcome.result for outcome in outcomes if isinstance(outcome, Done)}
+    for position, item in enumerate(items):
+        demand(results.get(position) == 1000 + item, f"gives item {position} the result of another one")
+    demand(list(executor.map(added, [], shared=0)) == [], "gives outcomes where there are no items")
+    last = reports[-1] if reports else Counts()
+    demand((last.done, last.failed) == (200, 0), "does not report how far it is")
+
+
+def _reads_as_it_goes(executor: Executor, demand: Callable[[bool, str], None]) -> None:
+    """Clause 2."""
+    read = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal read
+        while True:
+            read += 1
+            yield read
+
+    outcomes = executor.map(added, endless(), shared=0)
+    taken = list(itertools.islice(outcomes, 20))
+    del outcomes  # left half-way
+    demand(len(taken) == 20, "ends before its items do")
+    demand(read < 1_000_000, f"reads {read} items of a generator of which 20 outcomes were taken")
+
+
+def _goes_on_after_failures(executor: Executor, demand: Callable[[bool, str], None]) -> None:
+    """Clause 3."""
+    try:
+        outcomes = list(executor.map(odd_refused, range(10)))
+    except ValueError as error:
+        clause = "raises what one item raised, in place of going on: yield a `Failed`"
+        raise AssertionError(f"{type(executor).__name__} {clause}.") from error
+    failed = {outcome.position: outcome for outcome in outcomes if isinstance(outcome, Failed)}
+    demand(sorted(failed) == [1, 3, 5, 7, 9], f"has the items {sorted(failed)} fail; those of 1, 3, 5, 7, 9 raised")
+    demand(len(outcomes) == 10, "does not go on after a failure")
+    demand(all(failed[i].item == i for i in failed), "does not say which item failed")
+    alike = all(isinstance(failed[i].error, ValueError) and str(failed[i].error) == f"{i} is odd" for i in failed)
+    demand(alike, "does not say why an item failed, as the work said it")
 
 
 def _demand(one: object, holds: bool, clause: str) -> None:
