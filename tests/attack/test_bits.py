@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 from planted import LABELS, planted_classifier, planted_examples, random_classifier, random_examples
-from scipy.special import logsumexp
 from torch import nn
 
 from synapse.attack.bits import REACHED, SPENT, STUCK, BitSearch, random_attacks
 from synapse.attack.bits import candidates as scoring
 from synapse.attack.bits.aim import Aim, Outcome
 from synapse.attack.bits.candidates import Place, best_flips, random_flips
+from synapse.attack.bits.flipping import Judge
 from synapse.attack.bits.found import BitAttack
-from synapse.attack.bits.runs import LiveRuns, runs_of
+from synapse.attack.bits.runs import Aimed, LiveRuns, runs_of
 from synapse.data.examples import Examples
 from synapse.data.reading import read_examples
 from synapse.errors import RunFolderError, SettingsError, SplitError
 from synapse.model.classifier import Classifier
-from synapse.perturb.bits import Flip, StoredWeight
+from synapse.perturb.bits import BitFlips, Flip, StoredWeight
 from synapse.recording import record
 from synapse.types import Activations
 
@@ -93,15 +93,22 @@ def int8_heads_with_one_flip(weight):
     return words * scale, np.array(heads)
 
 
-def loss_and_lost(logits, targets, source, target, clean):
-    """The objective and the share of others lost, by its definition, for the logits of one head."""
+def hinge(logits, wanted, margin):
+    """What the wanted class of each example is less than a margin ahead of the best other one."""
+    rows = np.arange(len(logits))
+    rivals = logits.copy()
+    rivals[rows, wanted] = -np.inf
+    return np.maximum(0, margin - (logits[rows, wanted] - rivals.max(axis=1)))
+
+
+def loss_of(logits, targets, source, target, clean, margin):
+    """The objective by its definition, for the logits of one head."""
     right = clean.argmax(axis=1) == targets
     attacked, others = right & (targets == source), right & (targets != source)
-    wanted = np.where(attacked, target, targets)
-    each = logsumexp(logits, axis=1) - logits[np.arange(len(logits)), wanted]
-    rest = each[others].mean() if others.any() else 0.0
-    lost = (logits.argmax(axis=1) != targets)[others].mean() if others.any() else 0.0
-    return each[attacked].mean() + rest, lost
+    ordered = np.sort(clean[attacked | others], axis=1)
+    usual = np.median(ordered[:, -1] - ordered[:, -2])
+    each = np.minimum(hinge(logits, np.where(attacked, target, targets), margin * usual), (margin + 2) * usual)
+    return each[attacked].mean() + (each[others].mean() if others.any() else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- candidates
@@ -186,18 +193,18 @@ def test_the_first_flip_is_the_best_of_all_where_all_are_tried(seed):
     clean = fit.features @ stored.T + bias
     source = int(np.bincount(clean.argmax(axis=1)).argmax())
     target = (source + 1) % 4
-    results = [loss_and_lost(fit.features @ h.T + bias, fit.targets, source, target, clean) for h in heads]
-    allowed = [loss if lost <= 0.1 else np.inf for loss, lost in results]
-    search = BitSearch("int8", each_bit=48, most=1, bound=0.1, share=1.0)
+    losses = [loss_of(fit.features @ h.T + bias, fit.targets, source, target, clean, 0.5) for h in heads]
+    search = BitSearch("int8", each_bit=48, heats=(), most=1, share=1.0)
     names = (f"class {source}", f"class {target}")
     attack = search.find(classifier, fit, score, source=names[0], target=names[1])
-    best = int(np.argmin(allowed))
-    start, _ = loss_and_lost(clean, fit.targets, source, target, clean)
-    assert allowed[best] < start
+    best = int(np.argmin(losses))
+    start = loss_of(clean, fit.targets, source, target, clean, 0.5)
+    assert losses[best] < start
     assert attack.flips == (Flip(HEAD, best // 8, best % 8),)
     assert attack.stopped in (SPENT, REACHED)
-    few = replace(search, each_bit=3).find(classifier, fit, score, source=names[0], target=names[1])
-    assert few.flips == attack.flips  # three of every bit are enough here
+    for cheaper in (replace(search, each_bit=3), replace(search, heats=(24, 48))):
+        (flip,) = cheaper.find(classifier, fit, score, source=names[0], target=names[1]).flips
+        assert losses[best] <= losses[flip.index * 8 + flip.bit] < start
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -213,23 +220,59 @@ def test_two_flips_are_the_best_pair_where_their_gains_add_up(seed):
     changes = heads - stored
     margins = ((changes @ feature[0]) * np.where(np.arange(2) == source, -1, 1)).sum(axis=1)
     best = max(combinations(range(len(heads)), 2), key=lambda pair: margins[pair[0]] + margins[pair[1]])
-    search = BitSearch("int8", each_bit=16, most=2, share=1.1)
+    search = BitSearch("int8", each_bit=16, most=2, share=1.1, margin=100.0)  # beyond the reach of two flips
     attack = search.find(classifier, fit, score, source=f"class {source}", target=f"class {1 - source}")
     chosen = [flip.index * 8 + flip.bit for flip in attack.flips]
     assert margins[chosen].sum() == pytest.approx(margins[list(best)].sum(), rel=1e-5)
 
 
-def test_the_gradient_of_the_head_is_its_closed_form():
+def test_the_gradient_of_the_head_is_its_closed_form_and_due_to_those_that_lack_something():
     classifier = small_classifier(3)
     fit = drawn_features(classifier, 50, 1)
-    aim = Aim.of(fit.targets, fit.logits, 0, 1)
-    (gradient,) = runs_of(classifier, fit).gradients(aim.loss(0.5), [classifier.final.weight])
+    loss = Aim.of(fit.targets, fit.logits, 0, 1).loss(0.5, 0.3)
     attacked, others = fit.targets == 0, fit.targets != 0
-    shares = np.exp(fit.logits - logsumexp(fit.logits, axis=1, keepdims=True))
-    wrong = shares - np.eye(3)[np.where(attacked, 1, fit.targets)]
-    weights = attacked / attacked.sum() + 0.5 * others / others.sum()
-    np.testing.assert_allclose(gradient.numpy(), (wrong * weights[:, None]).T @ fit.features, atol=1e-6)
+    wanted = np.where(attacked, 1, fit.targets)
+    lacking = np.flatnonzero(hinge(fit.logits, wanted, 0.3) > 0)
+    assert 0 < len(lacking) < 50
+    np.testing.assert_array_equal(loss.lacking(fit.logits), lacking)
+    rivals = fit.logits.copy()
+    rivals[np.arange(50), wanted] = -np.inf
+    towards = np.eye(3)[rivals.argmax(axis=1)] - np.eye(3)[wanted]
+    weights = (attacked / attacked.sum() + 0.5 * others / others.sum())[lacking]
+    expected = (towards[lacking] * weights[:, None]).T @ fit.features[lacking]
+    for examples in (lacking, np.arange(50)):
+        (gradient,) = runs_of(classifier, fit).gradients(loss, examples, [classifier.final.weight])
+        np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-6)
     assert classifier.final.weight.requires_grad  # as it was
+
+
+def test_the_gradient_of_some_examples_is_that_of_the_whole_loss_where_the_others_lack_nothing():
+    classifier, examples = random_classifier("bert"), random_examples(12, seed=5)
+    runs = runs_of(classifier, examples)
+    clean = runs.logits()
+    loss = Aim.of(runs.targets, np.eye(clean.shape[1], dtype=np.float32)[runs.targets], 0, 1).loss(1.0, 0.0)
+    lacking, weights = loss.lacking(clean), [p for p in classifier.module.parameters() if p.ndim >= 2]
+    assert 0 < len(lacking) < 12
+    with torch.inference_mode(False):
+        some, whole = (runs.gradients(loss, which, weights) for which in (lacking, np.arange(12)))
+    for a, b in zip(some, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_heat_sees_the_few_that_matter_and_its_loss_is_that_of_all_where_kinds_are_alike():
+    classifier = small_classifier(3)
+    features = np.repeat(np.random.default_rng(0).normal(size=(4, WIDTH)).astype(np.float32), [30, 2, 20, 8], axis=0)
+    with torch.no_grad():
+        targets = classifier.final(torch.from_numpy(features)).argmax(dim=1).numpy()
+    fit = features_of(classifier, features, targets, "fit")
+    source = int(targets[0])
+    aimed = Aimed.of(classifier, fit, source, (source + 1) % 3)
+    judge = Judge(aimed, aimed.aim.loss(1.0, 0.2))
+    logits = aimed.runs.logits()
+    heat = judge.heat(logits, 12)
+    assert len(heat.aimed.chosen) == 12
+    assert {tuple(features[i]) for i in heat.aimed.chosen} == {tuple(row) for row in features}
+    assert heat.loss.value(heat.aimed.runs.logits()) == pytest.approx(judge.loss.value(logits), rel=1e-5)
 
 
 @pytest.mark.parametrize("number_format", ["float32", "float16", "bfloat16", "int8"])
@@ -251,13 +294,25 @@ def test_an_attack_on_the_head_does_in_the_live_model_what_its_outcomes_say(numb
     assert classifier.weights_hash() == before
 
 
-def test_stealth_refuses_what_the_same_search_does_without_it():
+def test_with_stealth_fewer_others_are_lost_and_the_search_goes_on_until_they_are_few_enough():
     classifier = small_classifier(4, 3)
     fit, score = drawn_features(classifier, 120, 3), drawn_features(classifier, 60, 30)
     source, target = (f"class {c}" for c in np.argsort(-np.bincount(fit.targets, minlength=4))[:2])
-    free = BitSearch("int8", stealth=0.0, bound=1.0, most=6).find(classifier, fit, score, source=source, target=target)
-    held = BitSearch("int8", bound=0.01, most=6).find(classifier, fit, score, source=source, target=target)
-    assert max(outcome.collateral for outcome in held.fitting) <= 0.01 < free.fitting[-1].collateral
+    free = BitSearch("int8", stealth=0.0, bound=1.0).find(classifier, fit, score, source=source, target=target)
+    held = BitSearch("int8", stealth=4.0, bound=0.2).find(classifier, fit, score, source=source, target=target)
+    assert free.stopped == REACHED
+    assert held.fitting[-1].collateral < free.fitting[-1].collateral
+    if held.stopped == REACHED:
+        assert held.fitting[-1].success >= 0.95
+        assert held.fitting[-1].collateral <= 0.2
+    assert not any(now.success >= 0.95 and now.collateral <= 0.2 for now in held.fitting[:-1])
+
+
+def test_flips_are_counted_up_to_where_enough_are_redirected_and_few_enough_lost():
+    outcomes = (Outcome(0, 10, 0, 10, 0), Outcome(9, 10, 5, 10, 0), Outcome(8, 10, 0, 10, 0), Outcome(9, 10, 1, 10, 0))
+    plain = BitFlips("int8", ("w",))
+    attack = BitAttack(plain, "a", "b", "attack", (0, 1, 2, 3), (), outcomes, SPENT, "", "")
+    assert (attack.flips_for(0.9), attack.flips_for(0.9, bound=0.1), attack.flips_for(0.95)) == (1, 3, None)
 
 
 def test_a_search_without_a_target_breaks_the_classes_and_one_that_may_do_nothing_stops():
@@ -266,9 +321,12 @@ def test_a_search_without_a_target_breaks_the_classes_and_one_that_may_do_nothin
     attack = BitSearch("int8", share=0.6).find(classifier, fit, score)
     assert attack.stopped == REACHED
     assert attack.scoring[0].success == 0
-    assert attack.scoring[-1].success > 0.4
+    assert attack.scoring[-1].success > 0.3
     assert np.isnan(attack.scoring[-1].collateral)  # nobody was to be spared
-    idle = BitSearch("int8", bits=(0,), bound=-1.0).find(classifier, fit, score, source="class 0", target="class 1")
+    nothing = np.zeros((5, WIDTH), dtype=np.float32)  # of which no weight makes anything
+    says = int(classifier.final.bias.argmax())
+    empty = [features_of(classifier, nothing, np.full(5, says), name) for name in ("fit", "score")]
+    idle = BitSearch("int8").find(classifier, *empty, source=f"class {says}", target=f"class {(says + 1) % 3}")
     assert (idle.stopped, idle.flips) == (STUCK, ())
 
 
@@ -339,8 +397,8 @@ def test_logits_that_are_no_numbers_are_counted():
     assert aim.outcome(logits) == Outcome(redirected=1, attacked=2, lost=1, others=2, nonfinite=2)
     towards = replace(aim, target=1)
     assert towards.outcome(logits) == Outcome(redirected=0, attacked=2, lost=1, others=2, nonfinite=2)
-    assert towards.loss(1.0).value(logits) == np.inf
-    assert Aim.of(targets, np.eye(3, dtype=np.float32)[targets], None, None).loss(1.0).value(logits) == -np.inf
+    assert towards.loss(1.0, 1.0).value(logits) == np.inf
+    assert Aim.of(targets, np.eye(3, dtype=np.float32)[targets], None, None).loss(1.0, 1.0).value(logits) == -np.inf
 
 
 # ------------------------------------------------------------------------------------------------ controls, and keeping
@@ -358,8 +416,11 @@ def test_random_flips_of_equal_number_are_scored_beside_the_attack():
         ("random", len(attack.flips), attack.scoring[0])
     }
     assert np.mean([draw.scoring[-1].success for draw in draws]) < attack.scoring[-1].success
-    with classifier.edited(draws[0]):
-        assert classifier.weights_hash() != before
+    changed = []
+    for draw in draws:
+        with classifier.edited(draw):
+            changed.append(classifier.weights_hash() != before)
+    assert any(changed)  # what stands in a row of zeros stays zero
     assert classifier.weights_hash() == before
     assert random_attacks(search, attack, classifier, score, seed=3, draws=2) == draws[:2]
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,22 @@ class Aim:
         """Return the aim at some of the examples."""
         return Aim(self.targets[examples], self.attacked[examples], self.others[examples], self.target)
 
-    def loss(self, stealth: float) -> "Loss":
-        """Return what flips are to lower.
+    def loss(self, stealth: float, margin: float, limit: float = float("inf")) -> "Loss":
+        """Return what flips are to lower: what the attacked examples lack on average, and `stealth` times the others.
 
-        The mean cross-entropy of the attacked examples towards the target (less that of their own classes where there
-        is none), plus `stealth` times that of the others' own classes.
+        An example lacks what its wanted class is less than `margin` ahead of all others; with no target, what its own
+        class is not yet that much behind another. None lacks more than the `limit`.
         """
         wanted = self.targets if self.target is None else np.where(self.attacked, self.target, self.targets)
-        sign = -1.0 if self.target is None else 1.0
-        weights = sign * self.attacked / max(1, self.attacked.sum()) + stealth * self.others / max(1, self.others.sum())
-        return Loss(torch.from_numpy(wanted), torch.from_numpy(weights.astype(np.float32)))
+        signs = np.where(self.attacked & (self.target is None), -1.0, 1.0)
+        weights = self.attacked / max(1, self.attacked.sum()) + stealth * self.others / max(1, self.others.sum())
+        return Loss(
+            torch.from_numpy(wanted),
+            torch.from_numpy(signs.astype(np.float32)),
+            torch.from_numpy(weights.astype(np.float32)),
+            margin,
+            limit,
+        )
 
 
 def predictions(logits: Float[np.ndarray, "example label"]) -> Int[np.ndarray, "example"]:
@@ -98,23 +103,55 @@ def predictions(logits: Float[np.ndarray, "example label"]) -> Int[np.ndarray, "
     return np.where(np.isfinite(logits).all(axis=1), logits.argmax(axis=1), -1)
 
 
+def usual_margin(logits: Float[np.ndarray, "example label"]) -> float:
+    """Return how far the predicted class usually is ahead of the next: the median."""
+    ordered = np.sort(logits, axis=1)
+    return float(np.median(ordered[:, -1] - ordered[:, -2]))
+
+
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """A weighted sum of the examples' cross-entropies towards wanted classes."""
+    """A weighted sum of what examples lack: max(0, margin - sign * (z_wanted - max of the other z)).
+
+    It is zero, and so is its gradient, for an example that is safely where it should be. Cross-entropy would go on
+    asking for more there, and would ask next to nothing for others that are still right by a little. The value counts
+    at most `limit` for an example, since lost is lost: an exponent's flip that is right for nearly all of them may move
+    the logits of the last ones by 1e36. The gradient knows no limit, or it would never bring these back.
+    """
 
     wanted: Int[Tensor, "example"]
+    signs: Float[Tensor, "example"]
     weights: Float[Tensor, "example"]
+    margin: float
+    limit: float
 
     def of(self, logits: Float[Tensor, "chosen label"], examples: Int[np.ndarray, "chosen"]) -> Float[Tensor, ""]:
         """Return the part of the loss that is due to some examples."""
         chosen = torch.from_numpy(examples)
-        each = cross_entropy(logits.float(), self.wanted[chosen].to(logits.device), reduction="none")
-        return (each * self.weights[chosen].to(logits.device)).sum()
+        return (self._lacking(logits.float(), chosen) * self.weights[chosen].to(logits.device)).sum()
+
+    def lacking(self, logits: Float[np.ndarray, "example label"]) -> Int[np.ndarray, "lacking"]:
+        """Return the examples to which the loss, and so its gradient, is due."""
+        each = self._lacking(torch.from_numpy(logits), torch.arange(len(logits)))
+        return np.flatnonzero(((each > 0) & (self.weights != 0)).numpy())
 
     def value(self, logits: Float[np.ndarray, "example label"]) -> float:
-        """Return the loss of all examples; a logit that is not finite makes its example's cross-entropy infinite."""
-        each = cross_entropy(torch.from_numpy(logits), self.wanted, reduction="none")
-        each = torch.where(torch.from_numpy(np.isfinite(logits).all(axis=1)), each, torch.inf)
+        """Return the loss of all examples; one with a logit that is not finite lacks infinitely much.
+
+        With no target it is the opposite: what is no number is no right answer.
+        """
+        each = self._lacking(torch.from_numpy(logits), torch.arange(len(logits))).clamp_max(self.limit)
+        each = torch.where(torch.from_numpy(np.isfinite(logits).all(axis=1)), each, torch.inf * self.signs)
         counts = self.weights != 0
         total = float((each[counts] * self.weights[counts]).double().sum())
         return float("inf") if np.isnan(total) else total  # both infinitely good and infinitely bad
+
+    def part(self, examples: Int[np.ndarray, "some"], stand_for: Float[np.ndarray, "some"]) -> "Loss":
+        """Return an estimate of the loss by some of the examples, each of which stands for so many."""
+        chosen, times = torch.from_numpy(examples), torch.from_numpy(stand_for.astype(np.float32))
+        return Loss(self.wanted[chosen], self.signs[chosen], self.weights[chosen] * times, self.margin, self.limit)
+
+    def _lacking(self, logits: Float[Tensor, "chosen label"], chosen: Int[Tensor, "chosen"]) -> Float[Tensor, "chosen"]:
+        wanted = self.wanted[chosen].to(logits.device)[:, None]
+        ahead = logits.gather(1, wanted)[:, 0] - logits.scatter(1, wanted, -torch.inf).amax(dim=1)
+        return torch.relu(self.margin - self.signs[chosen].to(logits.device) * ahead)

@@ -42,9 +42,13 @@ class BitAttack:
         """The flips; their number is the Hamming budget."""
         return self.perturbation.flips
 
-    def flips_for(self, share: float) -> int | None:
-        """Return the smallest number of flips after which this share of the scoring examples is redirected, if any."""
-        enough = [n for n, outcome in zip(self.after, self.scoring, strict=True) if outcome.success >= share]
+    def flips_for(self, share: float, *, bound: float = 1.0) -> int | None:
+        """Return the smallest number of flips after which this share of the scoring examples is redirected, if any.
+
+        With a `bound`, no larger a share of the others may be lost then.
+        """
+        outcomes = zip(self.after, self.scoring, strict=True)
+        enough = [n for n, now in outcomes if now.success >= share and not now.collateral > bound]
         return min(enough, default=None)
 
     @contextmanager

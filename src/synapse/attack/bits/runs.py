@@ -9,7 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -46,21 +46,28 @@ class Runs(ABC):
         """Return the logits where nothing but this weight tensor has changed since `logits`."""
 
     @abstractmethod
-    def pieces(self) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
-        """Yield the logits of all examples, in pieces, ready for a gradient, with the positions of the examples."""
+    def pieces(
+        self, examples: Int[np.ndarray, "some"]
+    ) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
+        """Yield the logits of some examples, in pieces, ready for a gradient, with the positions of the examples."""
 
-    def gradients(self, loss: Loss, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradient of the loss by each weight tensor, in float32.
+    def trusting(self, other: "Runs") -> "Runs":
+        """Return these runs, with what was found out about short cuts by the other ones of the same model."""
+        del other
+        return self
+
+    def gradients(self, loss: Loss, examples: Int[np.ndarray, "some"], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of the loss of some examples by each weight tensor, in float32.
 
         Raises:
             ModelError: the logits have no gradient.
         """
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         with _wanting_gradients(weights):
-            for examples, logits in self.pieces():
+            for index, logits in self.pieces(examples):
                 if not logits.requires_grad:
                     raise ModelError("The logits have no gradient by the weights, so flips cannot be ranked by it.")
-                parts = torch.autograd.grad(loss.of(logits, examples), weights, materialize_grads=True)
+                parts = torch.autograd.grad(loss.of(logits, index), weights, materialize_grads=True)
                 for so_far, part in zip(sums, parts, strict=True):
                     so_far.add_(part)
         return sums
@@ -75,21 +82,24 @@ class FeatureRuns(Runs):
     def logits(self) -> Float[np.ndarray, "example label"]:
         """Return the product of the features with the final weights."""
         with torch.no_grad():
-            return self._product().float().cpu().numpy()
+            return self._product(self.features).float().cpu().numpy()
 
     def logits_with(self, weight: str) -> Float[np.ndarray, "example label"]:
         """Return the same: there is nothing below the final map to take over."""
         del weight
         return self.logits()
 
-    def pieces(self) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
-        """Yield all logits at once."""
-        yield np.arange(len(self.targets)), self._product()
+    def pieces(
+        self, examples: Int[np.ndarray, "some"]
+    ) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
+        """Yield the logits at once."""
+        yield examples, self._product(self.features[torch.from_numpy(examples).to(self.features.device)])
 
-    def _product(self) -> Float[Tensor, "example label"]:
+    def _product(self, features: Float[Tensor, "some feature"]) -> Float[Tensor, "some label"]:
         final = self.classifier.final
         assert final is not None
-        logits: Tensor = final(self.features)
+        # Recorded in float32, whatever the model runs in.
+        logits: Tensor = final(features.to(self.classifier.head_weight().dtype))
         return logits
 
 
@@ -120,11 +130,21 @@ class LiveRuns(Runs):
             return self._gathered([self.classifier.forward(batch) for batch in self.batches])
         return self._gathered([self._resumed(clean, layer) for clean in self._clean])
 
-    def pieces(self) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
-        """Yield the logits batch by batch."""
-        for batch in self.batches:
+    def pieces(
+        self, examples: Int[np.ndarray, "some"]
+    ) -> Iterator[tuple[Int[np.ndarray, "piece"], Float[Tensor, "piece label"]]]:
+        """Yield the logits batch by batch, without the examples that are not asked for."""
+        for whole in self.batches:
+            asked = np.flatnonzero(np.isin(whole.index, examples))
+            if len(asked) == 0:
+                continue
+            batch = whole if len(asked) == len(whole.index) else whole.take(torch.from_numpy(asked))
             with self.classifier.running(batch):
                 yield batch.index, forward_logits(self.classifier.module, batch.inputs)
+
+    def trusting(self, other: Runs) -> Runs:
+        """Return these runs, which share what they find out with the other ones."""
+        return replace(self, _whole=other._whole) if isinstance(other, LiveRuns) else self
 
     def _gathered(self, logits: Sequence[Float[Tensor, "batch label"]]) -> Float[np.ndarray, "example label"]:
         found = np.empty((len(self.targets), len(self.classifier.labels)), dtype=np.float32)
@@ -188,8 +208,10 @@ def _wanting_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Aimed:
-    """The examples that an attack is about, attacked ones and others, and which are which."""
+    """The examples that an attack is about, attacked ones and others, and which are which: `chosen` ones of `given`."""
 
+    given: Examples | Activations
+    chosen: Int[np.ndarray, "example"]
     runs: Runs
     aim: Aim
 
@@ -197,17 +219,23 @@ class Aimed:
     def of(
         cls,
         classifier: Classifier,
-        examples: Examples | Activations,
+        given: Examples | Activations,
         source: int | None,
         target: int | None,
         *,
         keeps: bool = False,
     ) -> "Aimed":
         """Return those examples that count, judged under the present weights."""
-        everyone = runs_of(classifier, examples)
+        everyone = runs_of(classifier, given)
         aim = Aim.of(everyone.targets, everyone.logits(), source, target)
         concerned = np.flatnonzero(aim.attacked | aim.others)
-        return cls(runs_of(classifier, examples, chosen=concerned, keeps=keeps), aim.take(concerned))
+        return cls(given, concerned, runs_of(classifier, given, chosen=concerned, keeps=keeps), aim.take(concerned))
+
+    def take(self, examples: Int[np.ndarray, "some"]) -> "Aimed":
+        """Return some of the examples, ready to run."""
+        chosen = self.chosen[examples]
+        runs = runs_of(self.runs.classifier, self.given, chosen=chosen, keeps=True)
+        return Aimed(self.given, chosen, runs.trusting(self.runs), self.aim.take(examples))
 
     def outcome(self) -> Outcome:
         """Return what the examples say under the present weights."""
