@@ -24,7 +24,7 @@ import synapse as syn
 
 PATCH, WIDTH, INNER, HEADS, BLOCKS = 10, 32, 64, 4, 3
 RATE, BATCH, SEED = 2e-3, 32, 0
-QUICK = {"examples": 10, "train_examples": 80, "fractions": (0.5, 1.0), "kinds": ("zero",), "noise_examples": 2}
+QUICK = {"examples": 10, "train_examples": 80, "fractions": (0.5, 1.0), "kinds": ("zero",), "attack_examples": 2}
 
 
 class HeartbeatTransformer(nn.Module):

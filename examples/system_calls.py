@@ -31,7 +31,7 @@ PAIRS, TRIPLES = 4096, 8192  # entries that all pairs and triples of calls share
 PAD, CLS, UNKNOWN, FIRST = 0, 1, 2, 3  # token ids; call number n is FIRST + n
 WIDTH, INNER, HEADS, BLOCKS = 64, 128, 4, 3
 RATE, BATCH, SEED = 3e-3, 32, 0
-QUICK = {"examples": 10, "train_examples": 80, "fractions": (0.5, 1.0), "kinds": ("zero",), "noise_examples": 2}
+QUICK = {"examples": 10, "train_examples": 80, "fractions": (0.5, 1.0), "kinds": ("zero",), "attack_examples": 2}
 
 
 class CallTransformer(nn.Module):

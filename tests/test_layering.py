@@ -24,7 +24,7 @@ ALLOWED = {
     "probe": {"errors", "types", "data"},
     "ranking": {"errors", "types", "data", "model", "probe", "measure"},
     "perturb": {"errors", "types", "model"},
-    "attack": {"errors", "types", "data", "model", "perturb", "integrity"},
+    "attack": {"errors", "types", "data", "model", "perturb", "integrity", "recording"},
     "sweeping": {"errors", "types", "data", "model", "perturb", "ranking", "measure"},
     "measure": {"errors", "types"},
     "store": {"errors", "types", "integrity"},
@@ -40,7 +40,7 @@ ALLOWED = {
     "testing": {"errors", "types", "data", "execute", "model", "perturb", "probe", "ranking"},
     "cli": {
         *("errors", "data", "model", "recording", "settings", "study", "demo", "report", "store", "edits", "whatif"),
-        "integrity",
+        *("integrity", "attack"),
     },
 }
 

@@ -228,13 +228,13 @@ def test_a_study_that_was_killed_in_its_sweep_goes_on_there_and_ends_as_an_unbro
 
 def test_a_model_that_did_not_come_back_is_not_reported_on(tmp_path, monkeypatch):
     classifier = planted_classifier()
-    honest = synapse.study.noise_attack
+    honest = synapse.study.FAMILIES["weight-noise"]
 
     def careless(*arguments, **options):
         classifier.module.head.bias.data[0] += 1e-6
         return honest(*arguments, **options)
 
-    monkeypatch.setattr(synapse.study, "noise_attack", careless)
+    monkeypatch.setitem(synapse.study.FAMILIES, "weight-noise", careless)
     with pytest.raises(RestoreError, match="not what they were before the study"):
         study(tmp_path / "run", classifier=classifier)
     assert list(tmp_path.iterdir()) == []

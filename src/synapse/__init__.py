@@ -54,6 +54,8 @@ _HOMES = {
     ),
     "LogitShift": "synapse.perturb.logits",
     "HeadEdit": "synapse.perturb.weights",
+    "HeadEdits": "synapse.attack.edits",
+    "fit_head_edits": "synapse.attack.edits",
     "WeightNoise": "synapse.perturb.weights",
     **dict.fromkeys(("RayExecutor", "SerialExecutor"), "synapse.execute"),
     "sweep": "synapse.sweeping",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from synapse.attack.families import FAMILIES
 from synapse.attack.noise import DRAWS
 from synapse.data.tables import is_elsewhere
 from synapse.errors import SettingsError, near
@@ -87,10 +88,15 @@ class Settings(pydantic.BaseModel):
         None, gt=0, le=0.5, description="stop a cell when its change of accuracy is known to so much (0.005)"
     )
     autocast: str | None = pydantic.Field(None, description="run the sweep in reduced precision: bf16 or fp16")
+    attacks: tuple[str, ...] = pydantic.Field(
+        ("logits", "head", "weight-noise"), description=f"families of attacks: {', '.join(FAMILIES)}"
+    )
+    attack_examples: Amount = pydantic.Field(
+        32, description="examples of the sweep on which attacks run the model: weight noise, activations"
+    )
     noise_draws: int = pydantic.Field(DRAWS, ge=2, description="draws of weight noise of every size")
-    noise_examples: Amount = pydantic.Field(32, description="examples of the sweep that weight noise runs on")
 
-    @pydantic.field_validator("train_examples", "examples", "noise_examples")
+    @pydantic.field_validator("train_examples", "examples", "attack_examples")
     @classmethod
     def _positive(cls, amount: Amount) -> Amount:
         if amount != "all" and amount < 2:
@@ -123,6 +129,11 @@ class Settings(pydantic.BaseModel):
     @classmethod
     def _off_is_none(cls, cache: object) -> object:
         return None if cache in ("off", False) else cache  # YAML reads `off` as false
+
+    @pydantic.field_validator("attacks")
+    @classmethod
+    def _known_attacks(cls, attacks: tuple[str, ...]) -> tuple[str, ...]:
+        return _known(attacks, tuple(FAMILIES), "family of attacks")
 
     @pydantic.field_validator("engine")
     @classmethod

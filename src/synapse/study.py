@@ -7,8 +7,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,12 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 
-from synapse.attack.head import head_attacks
-from synapse.attack.logits import shift_attacks
-from synapse.attack.noise import noise_attack, noise_cost
+from synapse.attack.edits import HeadEdits, fit_head_edits
+from synapse.attack.families import FAMILIES, Target
+from synapse.attack.head import FittedStep
+from synapse.attack.noise import noise_cost
 from synapse.data.examples import Examples, sample_examples, shared_inputs
-from synapse.errors import ConvergenceError, RestoreError, SplitError
+from synapse.errors import ConvergenceError, RestoreError, SettingsError, SplitError
 from synapse.measure.agreement import agreement_table
 from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
@@ -39,12 +41,15 @@ from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
 from synapse.sweeping import Cost, Reach, cost_of, joined, plan, sweep
-from synapse.types import Activations, Component, Progress, Redirection, Sweep
+from synapse.types import Activations, Attacks, Component, Progress, Sweep
 
 log = logging.getLogger(__name__)
 
 _IN_MEMORY = 2**30
 """Bytes of states of one component and split that a study holds in memory."""
+
+_PAIRS_KEPT = 400
+"""Pairs of classes up to which the edits that were found are kept in the run folder."""
 
 StageProgress = Callable[[str, int, int], None]
 """Called with the stage's name, the work done and the work there is."""
@@ -82,7 +87,7 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
         cells = plan(ranking, settings.grid(), rivals=rivals, seed=settings.seed)
         costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component, clean)))
     cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
-    noise = noise_cost(classifier, _amount(settings.noise_examples, n_sweep), draws=settings.noise_draws)
+    noise = noise_cost(classifier, _amount(settings.attack_examples, n_sweep), draws=settings.noise_draws)
     passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
     seconds = passes * _seconds_per_example(classifier, test)
     disk = 0 if settings.cache is None else bytes_on_disk(classifier, n_train + n_test, settings.sites)
@@ -124,7 +129,7 @@ def run_study(
     train = train.take(_sample(train, classifier, settings.train_examples, settings.seed))
     rows = _sample(test, classifier, settings.examples, settings.seed)
     swept = test.take(rows)
-    noisy = _sample(swept, classifier, settings.noise_examples, settings.seed)
+    attacked = _sample(swept, classifier, settings.attack_examples, settings.seed)
     timer, seed = _Timer(progress), settings.seed
     # Beside the run, so that the same study goes on there if it is killed in its longest stage.
     unfinished = out.with_name(f".{out.name}-sweep")
@@ -136,11 +141,20 @@ def run_study(
         for component in settings.sites
     ]
     whole = recorded[settings.sites[0]]  # logits and features are the same whichever component they came with
-    redirections = timer.stage("attack", lambda _: _redirections(classifier, whole, seed))
-    noise = timer.stage(
-        "weight noise",
-        lambda step: noise_attack(classifier, swept.take(noisy), seed=seed, draws=settings.noise_draws, progress=step),
+    target = Target(
+        classifier,
+        whole.train,
+        whole.test,
+        swept.take(attacked),
+        whole.test.take(rows[attacked]),
+        _feature_order(whole.train, settings),
+        settings.noise_draws,
+        seed,
     )
+    attacks = sum(
+        (timer.stage(f"attack {name}", partial(FAMILIES[name], target)) for name in settings.attacks), Attacks()
+    )
+    edits = timer.stage("attack kept", lambda _: _kept_edits(classifier, whole, settings))
     if classifier.weights_hash() != weights_hash:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise RestoreError("The classifier's weights are not what they were before the study; discard its results.")
@@ -154,7 +168,7 @@ def run_study(
             "ranking": ranking_table,
             "agreement": agreement_table(ranking_table),
             "sweep": sweep_table(outcome),
-            "attack": attack_table(redirections, noise, outcome.clean_logits[noisy], seed=seed),
+            "attack": attack_table(attacks, whole.test, outcome.clean_logits[attacked], seed=seed),
             **({"rank_stability": pd.concat(drawn, ignore_index=True)} if drawn else {}),
         },
     )
@@ -163,6 +177,8 @@ def run_study(
         for name, table in tables.items():
             write_table(draft, name, table)
         write_logits(draft, outcome, rows)
+        if edits is not None:
+            edits.save(draft / "attacks" / "head-edit")
         write_json(draft / "scorecard.json", card)
         manifest = _manifest(
             classifier, train, test, settings, command, weights_hash, timer.seconds, len(rows), outcome
@@ -343,13 +359,35 @@ def _scorecard(
     return card | ({"components": further} if further else {})
 
 
-def _redirections(classifier: Classifier, recorded: _Recorded, seed: int) -> list[Redirection]:
-    found = shift_attacks(recorded.test, seed=seed)
-    if classifier.final is None:
-        log.warning("The head does not end in a linear map, so head edits are left out.")
-        return found
-    weight = classifier.head_weight().float().cpu().numpy()
-    return found + head_attacks(recorded.train, recorded.test, weight, seed=seed)
+def _kept_edits(classifier: Classifier, recorded: _Recorded, settings: Settings) -> HeadEdits | None:
+    """Return the fitted edits of the head, for the run folder; None where none are wanted or none are to be had."""
+    pairs = len(classifier.labels) * (len(classifier.labels) - 1)
+    if "head" not in settings.attacks or classifier.final is None:
+        return None
+    if pairs > _PAIRS_KEPT:
+        log.info("The edits of %d pairs of classes are not kept; at most %d are.", pairs, _PAIRS_KEPT)
+        return None
+    try:
+        return fit_head_edits(FittedStep(), recorded.train, recorded.test, classifier)
+    except SettingsError as error:  # no pair can be redirected, for which a study need not end
+        log.warning("No edits of the head are kept: %s", error)
+        return None
+
+
+def _feature_order(recorded: Activations, settings: Settings) -> Int[np.ndarray, "feature"] | None:
+    """Return the features of the final linear map in the order of a probe of them, by the first method that can."""
+    if recorded.features is None or "head" not in settings.attacks:
+        return None
+    features = replace(
+        recorded,
+        values=np.asarray(recorded.features, dtype=np.float32)[None],
+        component="pooler",
+        row_mean=None,
+        row_deviation=None,
+        class_moments=None,
+    )
+    method = next((name for name in settings.methods if not runs_the_model(METHODS[name])), "cumulative-mass")
+    return rank(features, method=method, probes=fit_probes(features, seed=settings.seed)).order(0)
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@
 | selection | which end of a ranking: `top`, `bottom`, or `random` units |
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -252,12 +252,128 @@ class Redirection:
 
 
 @dataclass(frozen=True, eq=False)
+class Manipulation:
+    """What one fixed change made of the logits: `logits[d, i]` is example i under draw d.
+
+    A change that was chosen has one draw (arm `attack`), its random control several (arm `random`). `detail` says what
+    was changed (`b <-> c`), `budget` how large the change is, by the name of the measure; the first is its main one.
+    """
+
+    attack: str
+    location: str
+    detail: str
+    arm: str
+    budget: Mapping[str, float]
+    logits: Float[np.ndarray, "draw example label"]
+
+    def flip_rate(self, clean: Activations) -> float:
+        """Return the share of predictions that are not what they were, over all draws."""
+        return float((self.predictions != clean.predictions).mean())
+
+    def success(self, clean: Activations, source: int | None, target: int) -> float:
+        """Return the share predicted as the target now, of the examples that were not; with a source, of its examples.
+
+        NaN where there is no such example. Source: the attack success rate P(pred' = t | pred != t [, y = s]) of Rakin
+        et al., T-BFA (2020).
+        """
+        asked = clean.predictions != target
+        if source is not None:
+            asked &= clean.targets == source
+        return float((self.predictions[:, asked] == target).mean()) if asked.any() else float("nan")
+
+    def collateral(self, clean: Activations, source: int | None = None) -> float:
+        """Return the accuracy lost on the examples of all classes but the source; negative where it is gained."""
+        others = np.ones(len(clean), dtype=bool) if source is None else clean.targets != source
+        before = clean.predictions[others] == clean.targets[others]
+        after = self.predictions[:, others] == clean.targets[others]
+        return float(before.mean() - after.mean()) if others.any() else float("nan")
+
+    @property
+    def predictions(self) -> Int[np.ndarray, "draw example"]:
+        """The class with the largest logit of every example, under every draw."""
+        return np.asarray(self.logits.argmax(axis=2))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A budget that every change at a place exceeds, or meets, that redirects a share of a source's examples.
+
+    A share of 0 means any example at all. `n` is the number of the examples.
+    """
+
+    location: str
+    source: str
+    target: str
+    unit: str
+    share: float
+    budget: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """An edit at the budget at which it redirects a share of its own examples, scored on others."""
+
+    attack: str
+    location: str
+    source: str
+    target: str
+    unit: str
+    share: float
+    budget: float
+    own_success: float
+    """Share redirected of the examples that it was fitted on: `share`, or a little more."""
+    success: float
+    """Share redirected of the others at that budget."""
+    needed: float
+    """Budget that the others need for the share; infinite where it is not reached."""
+    n: int
+    """Number of the other examples."""
+
+
+@dataclass(frozen=True, eq=False)
 class NoiseCurve:
     """Logits under noise at one place: `logits[b, d, i]` is example i under draw d of relative norm `budgets[b]`."""
 
     place: str
     budgets: tuple[float, ...]
     logits: Float[np.ndarray, "budget draw example label"]
+
+
+@dataclass(frozen=True, eq=False)
+class FlipCurve:
+    """What numbers of bit flips did: `redirected[d, i]` of `attacked` examples, `lost[d, i]` of `others`, in draw d.
+
+    `flips[i]` bits were flipped, of weights in a `number_format`. The searched arm has one draw, the random several.
+    """
+
+    location: str
+    number_format: str
+    source: str
+    target: str
+    arm: str
+    flips: tuple[int, ...]
+    redirected: Int[np.ndarray, "draw budget"]
+    attacked: int
+    lost: Int[np.ndarray, "draw budget"]
+    others: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attacks:
+    """What families of attacks found, by the form that it has."""
+
+    redirections: Sequence[Redirection] = ()
+    manipulations: Sequence[Manipulation] = ()
+    noise: Sequence[NoiseCurve] = ()
+    bounds: Sequence[Bound] = ()
+    transfers: Sequence[Transfer] = ()
+    flips: Sequence[FlipCurve] = ()
+
+    def __add__(self, other: "Attacks") -> "Attacks":
+        """Return what both hold, the other's behind one's own."""
+        names = [field.name for field in fields(self)]
+        return Attacks(**{name: [*getattr(self, name), *getattr(other, name)] for name in names})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
 from synapse.perturb.activations import Steer
 from synapse.recording import record
-from synapse.types import Neurons
+from synapse.types import Attacks, Neurons
 
 RNG = np.random.default_rng(11)
 
@@ -298,7 +298,7 @@ def test_results_hang_together_as_redirections_for_a_table():
     test = record(classifier, examples)
     found = smallest_edits(classifier, examples, layer=1, target="c").redirections(test.targets)
     assert [(one.source, one.arm) for one in found if one.arm == "attack"] == [(s, "attack") for s in ("", "a", "b")]
-    table = attack_table(found, [], test.logits, seed=0)
+    table = attack_table(Attacks(found), test, test.logits, seed=0)
     half = table[(table["measure"] == "d50") & (table["source"] == "b")].set_index("arm")["value"]
     assert np.isnan(half["random"]) or half["attack"] < half["random"]
 

@@ -4,7 +4,7 @@ from planted import planted_classifier, planted_examples
 from scipy.optimize import minimize
 
 from synapse.attack.base import attacked, broken_budget, needed_budget
-from synapse.attack.head import fitted_step, head_attacks, least_distance, required_step, smallest_step
+from synapse.attack.head import FittedStep, fitted_step, least_distance, redirect_head, required_step, smallest_step
 from synapse.attack.logits import shift_attacks
 from synapse.attack.noise import noise_attack
 from synapse.errors import SettingsError
@@ -12,7 +12,7 @@ from synapse.measure.attacks import attack_table, smallest_budget
 from synapse.perturb.logits import LogitShift
 from synapse.perturb.weights import HeadEdit, WeightNoise
 from synapse.recording import record
-from synapse.types import NoiseCurve
+from synapse.types import Attacks, NoiseCurve
 
 RNG = np.random.default_rng(0)
 
@@ -106,7 +106,7 @@ def test_a_fitted_head_edit_redirects_the_live_model_at_the_predicted_budgets():
     classifier, examples = planted_classifier(), planted_examples(60, seed=1)
     train, test = record(classifier, planted_examples(60, seed=2)), record(classifier, examples)
     weight = classifier.final.weight.detach().numpy()
-    found = head_attacks(train, test, weight, seed=0)
+    found = redirect_head(FittedStep(), train, test, weight, seed=0)
     attack = next(a for a in found if (a.source, a.target, a.share) == ("b", "c", 0.5))
     fitting = attacked(train, 1, 2)
     step = fitted_step(train.features[fitting].astype(float), required_step(train.logits[fitting], 1, 2), share=0.5)
@@ -125,9 +125,9 @@ def test_a_random_edit_of_equal_norm_needs_more_than_the_fitted_one():
         record(classifier, planted_examples(60, seed=2)),
         record(classifier, planted_examples(60, seed=1)),
     )
-    table = attack_table(
-        head_attacks(train, test, classifier.final.weight.detach().numpy(), seed=0), [], test.logits, seed=0
-    )
+    weight = classifier.final.weight.detach().numpy()
+    found = Attacks(redirect_head(FittedStep(), train, test, weight, seed=0))
+    table = attack_table(found, test, test.logits, seed=0)
     half = table[table["measure"] == "d50"].set_index(["source", "target", "arm"])["value"]
     for source in "abc":
         for target in set("abc") - {source}:
@@ -140,7 +140,7 @@ def test_a_head_that_is_not_linear_has_no_rows_to_edit():
 
     test = dataclasses.replace(record(planted_classifier(), planted_examples(6, seed=1)), features=None)
     with pytest.raises(SettingsError, match="does not end in a linear map"):
-        head_attacks(test, test, np.zeros((3, 16)), seed=0)
+        redirect_head(FittedStep(), test, test, np.zeros((3, 16)), seed=0)
 
 
 def test_weight_noise_from_the_changed_block_on_equals_the_whole_noisy_model():
@@ -167,7 +167,7 @@ def test_the_scorecards_shift_is_that_of_all_other_classes_together():
     from synapse.measure.vulnerability import vulnerability
 
     test = record(planted_classifier(), planted_examples(60, seed=1))
-    found = vulnerability(attack_table(shift_attacks(test, seed=0), [], test.logits, seed=0))
+    found = vulnerability(attack_table(Attacks(shift_attacks(test, seed=0)), test, test.logits, seed=0))
     for target, label in enumerate("abc"):
         rest = (test.targets != target) & (test.logits.argmax(axis=1) != target)
         gaps = test.logits[rest].max(axis=1) - test.logits[rest, target]
@@ -181,7 +181,12 @@ def test_the_interval_of_weight_noise_covers_the_draws():
     # of eight draws, four change every example and four none: the flip rate is a fact about draws, not about examples
     flipped = np.array([1, 0, 1, 0, 1, 0, 0, 1], dtype=bool)
     logits = np.where(flipped[:, None, None], clean[:, ::-1], clean)[None].repeat(2, axis=0)
-    table = attack_table([], [NoiseCurve("head", (1.0, 2.0), logits)], clean, seed=int(rng.integers(9)))
+    table = attack_table(
+        Attacks(noise=[NoiseCurve("head", (1.0, 2.0), logits)]),
+        record(planted_classifier(), planted_examples(6, seed=1)),
+        clean,
+        seed=int(rng.integers(9)),
+    )
     rate = table[table["measure"] == "flip_rate"].iloc[0]
     assert (rate["value"], rate["n"]) == (0.5, 40)
     assert rate["high"] - rate["low"] > 0.5

@@ -11,13 +11,11 @@ from scipy.optimize import minimize
 from synapse.attack.base import attacked
 from synapse.attack.head import (
     STEPS,
-    FittedStep,
     KeptMeans,
     MeanStep,
     MinimalDamage,
     bias_attacks,
     edit_budget,
-    head_attacks,
     key_covariance,
     minimal_damage_edit,
     one_sample_changes,
@@ -149,15 +147,6 @@ def _edit_of(step, train, source, target):
     required = required_step(train.logits[of_source], source, target)
     moment = features.T @ features / len(features)
     return step.edit(Keys(features, moment, train.targets, of_source, required, 0.5), source, target, 3)
-
-
-def test_the_old_attack_and_the_fitted_step_are_the_same(splits, weight):
-    old = [one for one in head_attacks(*splits, weight, seed=0) if one.arm == "attack"]
-    new = [one for one in redirect_head(FittedStep(), *splits, weight, seed=0) if one.arm == "attack"]
-    assert len(old) == len(new) == 12
-    for a, b in zip(old, new, strict=True):
-        assert (a.source, a.target, a.share) == (b.source, b.target, b.share)
-        np.testing.assert_allclose(a.needed, b.needed, rtol=1e-9)
 
 
 def test_minimal_damage_moves_the_other_classes_least_of_all_that_move_the_mean_as_far(splits):

@@ -24,7 +24,7 @@ def probe_row(layer, name, value):
 def attack_row(attack, measure, value, **columns):
     row = {"attack": attack, "location": "head", "source": "", "target": "", "arm": "attack"}
     row |= {"measure": measure, "value": value, "low": value, "high": value, "n": 7}
-    row |= {"budget": np.nan, "budget_unit": "logit"}
+    row |= {"detail": "", "budget": np.nan, "budget_unit": "logit"}
     return row | columns
 
 
@@ -52,6 +52,13 @@ def study():
                 attack_row("logit-shift", "success", 0.4, target="a", budget=1.0),
                 attack_row("head-edit", "d50", 0.2, source="a", target="b"),
                 attack_row("head-edit", "d50", 0.9, source="a", target="b", arm="random"),
+                attack_row("head-edit", "collateral", 0.03, source="a", target="b", budget=0.2),
+                attack_row("head-edit", "d50", 0.4, source="b", target="a"),
+                attack_row("head-edit", "success_at_d50", 0.6, source="a", target="b", arm="transfer", budget=0.1),
+                attack_row("certificate", "d50", 0.1, source="a", target="b", arm="bound"),
+                attack_row("row-swap", "flip_rate", 0.5, detail="a <-> b", budget=2.0),
+                attack_row("row-swap", "flip_rate", 0.1, detail="a <-> b", budget=2.0, arm="random"),
+                attack_row("row-swap", "flip_rate", 0.4, detail="b <-> c", budget=3.0),
                 attack_row("weight-noise", "d50", 0.3, location="block 0", arm="random"),
             ]
         ),
@@ -81,7 +88,14 @@ def test_the_scorecard_has_every_section_and_is_strict_json(study):
         "redundancy": {"removable", "sufficient"},
         "specialisation": {"overlap", "overlap_chance", "recall_drop", "specificity", "asymmetry"},
         "rank_stability": set(),
-        "vulnerability": {"logit_shift", "head_edit", "head_edit_random", "weight_noise"},
+        "vulnerability": {
+            "logit_shift",
+            "head_edit",
+            "head_edit_random",
+            "head_edit_bound",
+            "weight_noise",
+            "cheapest",
+        },
     }
     assert set(card["stability"]["area"]["all"]["0"]["top"]) == {"value", "low", "high", "n", "unit"}
     assert set(card["specialisation"]["recall_drop"]["all"]["0"]["a"]) == {"a", "b"}
@@ -151,6 +165,8 @@ def test_tables_without_rows_leave_their_sections_empty(study):
         "logit_shift": {},
         "head_edit": {},
         "head_edit_random": {},
+        "head_edit_bound": {},
+        "cheapest": {},
         "weight_noise": {},
     }
 

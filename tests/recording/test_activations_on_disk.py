@@ -6,7 +6,7 @@ import pytest
 from planted import LABELS, hidden_classifier, planted_classifier, planted_examples
 from recorder import small_windows
 
-from synapse.attack.head import head_attacks
+from synapse.attack.head import FittedStep, redirect_head
 from synapse.attack.logits import shift_attacks
 from synapse.errors import SettingsError
 from synapse.perturb.activations import Clamp, ClassMean, Mean, Noise, Patch, Quantise, Resample
@@ -121,7 +121,10 @@ def test_probes_of_some_neurons_are_the_same(recorded, probes):
 def test_attacks_are_the_same(recorded):
     classifier, (train, train_disk), (test, test_disk) = recorded
     weight = classifier.head_weight().numpy()
-    assert_equal(head_attacks(train, test, weight, seed=0), head_attacks(train_disk, test_disk, weight, seed=0))
+    in_memory, on_disk = (
+        redirect_head(FittedStep(), *pair, weight, seed=0) for pair in ((train, test), (train_disk, test_disk))
+    )
+    assert_equal(in_memory, on_disk)
     assert_equal(shift_attacks(test, seed=0), shift_attacks(test_disk, seed=0))
 
 

@@ -11,15 +11,17 @@ for one example, in the Frobenius and in the spectral norm, and for a set of exa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from synapse.attack.base import attacked
-from synapse.attack.head import one_sample_changes
+from synapse.attack.head import SHARES, UNIT, one_sample_changes
 from synapse.errors import SettingsError
-from synapse.types import Activations
+from synapse.perturb.weights import HEAD
+from synapse.types import GLOBAL, Activations, Bound
 
 EditNorm = Literal["frobenius", "entry"]
 """`frobenius` (and spectral: the bounds are the same), or the largest `entry` of |dW|."""
@@ -69,10 +71,8 @@ def certify_head(
     Raises:
         SettingsError: the activations carry no features of the final linear map, or a row that it does not have.
     """
-    if recorded.features is None:
-        raise SettingsError("The head does not end in a linear map, so there is nothing to certify; leave it out.")
+    features = _features(recorded)
     size = float(np.linalg.norm(weight)) if norm == "frobenius" else float(np.abs(weight).max())
-    features = np.asarray(recorded.features, dtype=np.float64)
     if with_bias:
         features = np.column_stack([features, np.ones(len(features))])
     radii, rivals = certified_radii(recorded.known_logits, features, rows=rows, norm=norm)
@@ -106,24 +106,41 @@ def certified_radii(
     return radii.min(axis=1), np.asarray(radii.argmin(axis=1))
 
 
-def redirection_bound(
-    test: Activations, weight: Float[np.ndarray, "label feature"], source: int | None, target: int, share: float
-) -> float:
-    """Return a relative norm that every edit of the head exceeds, or meets, that redirects a share of the examples.
+def head_bounds(test: Activations, weight: Float[np.ndarray, "label feature"]) -> list[Bound]:
+    """Return what edits of the head provably need: to change any prediction, and to redirect shares of each class.
 
-    Each of them needs its own smallest edit (see `synapse.attack.head.one_sample_changes`, all rows) at least. NaN
-    where there is no example to redirect.
+    Raises:
+        SettingsError: the activations carry no features of the final linear map.
     """
-    if test.features is None:
-        raise SettingsError("The head does not end in a linear map, so there is nothing to certify; leave it out.")
+    untouched = Bound(HEAD, GLOBAL, GLOBAL, UNIT, 0.0, certify_head(test, weight).whole_set, len(test))
+    found = [untouched] if len(test) else []
+    for source, target in permutations(range(len(test.labels)), 2):
+        ends = HEAD, test.labels[source], test.labels[target], UNIT
+        needed = needed_norms(test, weight, source, target)
+        found += [Bound(*ends, share, least_for_share(needed, share), len(needed)) for share in SHARES if len(needed)]
+    return found
+
+
+def needed_norms(
+    test: Activations, weight: Float[np.ndarray, "label feature"], source: int | None, target: int
+) -> Float[np.ndarray, "example"]:
+    """Return the relative norm of the smallest edit of the head that redirects each example that an attack is about.
+
+    An edit that redirects several of them is at least as large as the largest of theirs: see
+    `synapse.attack.head.one_sample_changes`, with all rows.
+    """
+    features = _features(test)
     examples = attacked(test, source, target)
-    if len(examples) == 0:
-        return float("nan")
     changes = one_sample_changes(test.known_logits[examples], target)
-    length = np.linalg.norm(np.asarray(test.features[examples], dtype=np.float64), axis=1)
     with np.errstate(divide="ignore"):
-        needed = np.linalg.norm(changes, axis=1) / length
-    return least_for_share(needed / float(np.linalg.norm(weight)), share)
+        needed = np.linalg.norm(changes, axis=1) / np.linalg.norm(features[examples], axis=1)
+    return np.asarray(needed / float(np.linalg.norm(weight)))
+
+
+def _features(recorded: Activations) -> Float[np.ndarray, "example feature"]:
+    if recorded.features is None:
+        raise SettingsError("The head does not end in a linear map, so there is nothing to certify; leave it out.")
+    return np.asarray(recorded.features, dtype=np.float64)
 
 
 def least_for_share(needed: Float[np.ndarray, "example"], share: float) -> float:

@@ -6,7 +6,7 @@ needs is a quotient: every curve is exact, and nothing is run. What is chosen is
 | the edit | who chooses it |
 |---|---|
 | smallest for one example | `one_sample_edits`, closed form |
-| two rows, for a share of a class | `head_attacks`, or a `HeadStep` with `redirect_head` |
+| two rows, for a share of a class | a `HeadStep` with `redirect_head` |
 | the same, of the top neurons of a ranking only | `ranked_head_attacks` |
 | given keys get given values, the least damage elsewhere | `minimal_damage_edit` |
 | rows exchanged, scaled, turned, emptied | `row_attacks` |
@@ -26,9 +26,8 @@ from scipy.optimize import nnls
 
 from synapse.attack.base import RANDOM_DRAWS, attacked, broken_budget, needed_budget
 from synapse.attack.logits import gaps, smallest_changes
-from synapse.attack.manipulation import Manipulation
 from synapse.errors import SettingsError
-from synapse.types import Activations, Redirection
+from synapse.types import Activations, Manipulation, Redirection
 
 log = logging.getLogger(__name__)
 
@@ -36,46 +35,6 @@ SHARES = (0.5, 0.95)
 """Shares of the source class's examples that an edit is fitted to redirect."""
 
 UNIT = "||dW||/||W||"
-
-
-def head_attacks(
-    train: Activations,
-    test: Activations,
-    weight: Float[np.ndarray, "label feature"],
-    *,
-    seed: int,
-    shares: tuple[float, ...] = SHARES,
-    max_fit: int = 400,
-) -> list[Redirection]:
-    """Return what each fitted edit needs on the test examples, for every ordered pair of classes, beside its control.
-
-    The edit adds v to the target's row and takes v from the source's, so its norm is sqrt(2) * ||v||. Budgets are
-    relative to the Frobenius norm of `weight`. The control is a Gaussian matrix of the same norm. At most `max_fit`
-    examples of a class are used for fitting.
-
-    Raises:
-        SettingsError: the activations carry no features of the final linear map.
-    """
-    _check_features(train, test)
-    assert train.features is not None
-    norm = float(np.linalg.norm(weight))
-    random = np.random.default_rng(seed).standard_normal((RANDOM_DRAWS, *weight.shape))
-    random *= norm / np.linalg.norm(random, axis=(1, 2), keepdims=True)
-    found = []
-    for source, target in permutations(range(len(test.labels)), 2):
-        fitting = attacked(train, source, target)[:max_fit]
-        if len(fitting) == 0 or len(attacked(test, source, target)) == 0:
-            log.info("No examples of %s to redirect to %s.", test.labels[source], test.labels[target])
-            continue
-        for share in shares:
-            required = required_step(train.known_logits[fitting], source, target)
-            step = fitted_step(train.features[fitting].astype(np.float64), required, share=share)
-            edit = np.zeros_like(weight, dtype=np.float64)
-            edit[target], edit[source] = step, -step
-            edit *= norm / max(float(np.linalg.norm(edit)), np.finfo(float).tiny)
-            found.append(_along(test, edit[None], source, target, "attack", share))
-        found.append(_along(test, random, source, target, "random", float("nan")))
-    return found
 
 
 def required_step(logits: Float[np.ndarray, "example label"], source: int, target: int) -> Float[np.ndarray, "example"]:
@@ -92,17 +51,55 @@ def fitted_step(
     """Return a direction along which a share of *other* examples is reached early.
 
     The shortest v for the given examples fits them too closely where there are as many features as examples. So two
-    thirds of them give candidates (their mean, the shortest v, and both in equal parts), the rest choose among these.
+    thirds of them give a direction of each of `DIRECTIONS`, the rest choose the kind, and all make that kind again.
     """
     chooses = np.arange(len(features)) % 3 == 2
     if not chooses.any():
         return smallest_step(features, required, share=share)
-    mean = features[~chooses].mean(axis=0)
-    shortest = smallest_step(features[~chooses], required[~chooses], share=share)
-    unit = [v / max(float(np.linalg.norm(v)), np.finfo(float).tiny) for v in (mean, shortest)]
-    candidates = (*unit, unit[0] + unit[1])
-    lengths = [_length_along(v, features[chooses], required[chooses], share) for v in candidates]
-    return candidates[int(np.argmin(lengths))]
+    lengths = []
+    for direction in DIRECTIONS:
+        v = direction(features[~chooses], required[~chooses], share)
+        lengths.append(_length_along(v, features[chooses], required[chooses], share))
+    chosen: Float[np.ndarray, feature] = DIRECTIONS[int(np.argmin(lengths))](features, required, share)
+    return chosen
+
+
+def _mean(
+    features: Float[np.ndarray, "example feature"], required: Float[np.ndarray, "example"], share: float
+) -> Float[np.ndarray, "feature"]:
+    del required, share
+    return _of_unit_length(features.mean(axis=0))
+
+
+def _shortest(
+    features: Float[np.ndarray, "example feature"], required: Float[np.ndarray, "example"], share: float
+) -> Float[np.ndarray, "feature"]:
+    return _of_unit_length(smallest_step(features, required, share=share))
+
+
+def _between(
+    features: Float[np.ndarray, "example feature"], required: Float[np.ndarray, "example"], share: float
+) -> Float[np.ndarray, "feature"]:
+    both: Float[np.ndarray, feature] = _mean(features, required, share) + _shortest(features, required, share)
+    return both
+
+
+def _shortest_for_the_least(
+    features: Float[np.ndarray, "example feature"], required: Float[np.ndarray, "example"], share: float
+) -> Float[np.ndarray, "feature"]:
+    """Return the shortest v for the share of the examples that asks for least, whatever way they point."""
+    taken = np.argsort(required, kind="stable")[: max(1, int(np.ceil(share * len(required))))]
+    step = least_distance(features[taken], required[taken])
+    return _mean(features, required, share) if step is None else step
+
+
+DIRECTIONS = (_mean, _shortest, _between, _shortest_for_the_least)
+"""Ways to choose a direction, of which the examples that did not make them say which holds for others."""
+
+
+def _of_unit_length(v: Float[np.ndarray, "feature"]) -> Float[np.ndarray, "feature"]:
+    unit: Float[np.ndarray, feature] = v / max(float(np.linalg.norm(v)), np.finfo(float).tiny)
+    return unit
 
 
 def _length_along(
@@ -111,8 +108,9 @@ def _length_along(
     required: Float[np.ndarray, "example"],
     share: float,
 ) -> float:
-    """Return the length at which v reaches the share of the examples."""
-    return float(np.quantile(_scales_along(v, features, required), share, method="inverted_cdf") * np.linalg.norm(v))
+    """Return the length at which v reaches the share of the examples; infinite where it does not, as where it is 0."""
+    scale = float(np.quantile(_scales_along(v, features, required), share, method="inverted_cdf"))
+    return scale * float(np.linalg.norm(v)) if np.isfinite(scale) else np.inf
 
 
 def _scales_along(
@@ -181,7 +179,7 @@ def _along(
     arm: str,
     share: float,
     *,
-    attack: str = "head-edit",
+    attack: str,
     location: str = "head",
 ) -> Redirection:
     """Score edits of relative norm 1: the logits move by budget * (edit @ features)."""
@@ -410,7 +408,7 @@ class FittedStep(HeadStep):
     @property
     def name(self) -> str:
         """The attack's name in tables."""
-        return "head-fitted"
+        return "head-edit"
 
     @property
     def depends_on_share(self) -> bool:
@@ -504,7 +502,7 @@ def redirect_head(
         raise SettingsError("A step edits the row of the target, or two rows; all rows were asked for: use 'two'.")
     norm, rng = float(np.linalg.norm(weight)), np.random.default_rng(seed)
     units = np.arange(weight.shape[1]) if step.units is None else np.array(step.units, dtype=np.int64)
-    fits, found = _Fits(train, test, shares, max_fit), []
+    fits, found = Fits(train, test, shares, max_fit), []
     for source, target in permutations(range(len(test.labels)), 2):
         edits = fits.edits(step, source, target)
         if not edits:
@@ -537,7 +535,7 @@ def ranked_head_attacks(
     features of the final linear map, most important first.
     """
     _check_features(train, test)
-    norm, fits, found = float(np.linalg.norm(weight)), _Fits(train, test, shares, max_fit), []
+    norm, fits, found = float(np.linalg.norm(weight)), Fits(train, test, shares, max_fit), []
     for k in sizes:
         location = f"head, {k} of {weight.shape[1]} features"
         rngs = [np.random.default_rng((seed, draw)) for draw in range(RANDOM_DRAWS)]
@@ -554,7 +552,7 @@ def ranked_head_attacks(
 
 
 @dataclass(frozen=True, eq=False)
-class _Fits:
+class Fits:
     """Fits edits on one split, where the other has examples to score them on."""
 
     train: Activations
@@ -564,11 +562,13 @@ class _Fits:
 
     @cached_property
     def features(self) -> Float[np.ndarray, "example feature"]:
+        """The features of the fitting examples."""
         assert self.train.features is not None
         return np.asarray(self.train.features, dtype=np.float64)
 
     @cached_property
     def moment(self) -> Float[np.ndarray, "feature feature"]:
+        """The mean of h h^T over them."""
         return _second_moment(self.features)
 
     def edits(self, step: HeadStep, source: int, target: int) -> list[tuple[float, Float[np.ndarray, "label feature"]]]:

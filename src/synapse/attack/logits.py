@@ -19,10 +19,9 @@ from scipy.special import ndtr
 from torch import Tensor
 
 from synapse.attack.base import RANDOM_DRAWS, attacked, broken_budget, needed_budget
-from synapse.attack.manipulation import Manipulation
 from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
-from synapse.types import GLOBAL, Activations, Redirection
+from synapse.types import GLOBAL, Activations, Manipulation, Redirection
 
 Norm = Literal["one", "l2", "linf"]
 """How a change of the logits is measured: that of the target's logit alone, its Euclidean length, its largest entry."""

@@ -1,36 +1,15 @@
 """Whether an edit that was made for some examples works on others."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from synapse.attack.certificate import least_for_share
-from synapse.types import Activations, Redirection
+from synapse.types import Activations, Redirection, Transfer
 
 Attack = Callable[[Activations, Activations], Sequence[Redirection]]
 """Fits edits on the first and scores them on the second."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """An edit at the budget at which it redirects a share of its own examples, scored on others."""
-
-    attack: str
-    location: str
-    source: str
-    target: str
-    share: float
-    budget: float
-    own_success: float
-    """Share redirected of the examples that it was fitted on: `share`, or a little more."""
-    success: float
-    """Share redirected of the others at that budget."""
-    needed: float
-    """Budget that the others need for the share; infinite where it is not reached."""
-    n: int
-    """Number of the other examples."""
 
 
 def halves(recorded: Activations, *, seed: int) -> tuple[Activations, Activations]:
@@ -69,6 +48,7 @@ def transferred(own: Redirection, other: Redirection, share: float) -> Transfer:
         own.location,
         own.source,
         own.target,
+        own.unit,
         share,
         budget,
         float((own.needed <= budget).mean()),

@@ -12,7 +12,7 @@ import typer
 
 from synapse.cli import terminal
 from synapse.cli.cache import cache as cache_commands
-from synapse.cli.cache import verify
+from synapse.cli.verify import verify
 from synapse.cli.whatif import whatif
 from synapse.errors import SettingsError, SynapseError
 
@@ -119,6 +119,10 @@ def run(
     ] = None,
     train_examples: Annotated[str | None, typer.Option(help="Training examples used, or 'all'. [2000]")] = None,
     examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [64]")] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(help="Families of attacks, with commas: logits, head, weight-noise, bits, activations."),
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -182,6 +186,7 @@ def run(
         "max_length": max_length,
         "train_examples": _amount(train_examples, "--train-examples"),
         "examples": _amount(examples, "--examples"),
+        "attacks": _names(attacks),
         "methods": _names(methods),
         "scopes": _names(scopes),
         "fractions": _numbers(fractions),

@@ -1,4 +1,4 @@
-"""What is kept: the recordings that later runs find again, and whether they and the run folders are whole."""
+"""`synapse cache`: the recordings that are kept, for later runs to find again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from synapse.cli import terminal
-from synapse.errors import RunFolderError, SettingsError
+from synapse.cli.verify import show_flaws
+from synapse.errors import SettingsError
 
 Folder = Annotated[
     Path | None, typer.Option("--cache", help="Folder of recordings. [$SYNAPSE_CACHE, else ~/.cache/synapse]")
@@ -35,7 +36,9 @@ def verify_cache(folder: Folder = None) -> None:
     """
     from synapse.recording import Shelf, default_shelf
 
-    _verify([recording.folder for recording in Shelf(folder or default_shelf()).recordings()])
+    folders = [recording.folder for recording in Shelf(folder or default_shelf()).recordings()]
+    if len(show_flaws(folders)) < len(folders):
+        raise typer.Exit(1)
 
 
 @cache.command()
@@ -55,30 +58,3 @@ def prune(
     for path in removed:
         terminal.out.print(f"Removed {path}", markup=False, soft_wrap=True)
     terminal.out.print(f"{len(removed)} removed.")
-
-
-def verify(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or recordings.")],
-) -> None:
-    """Compare every file of a run with what was written; exit status 1 where something is wrong.
-
-    Example: `synapse verify runs/mine`
-    """
-    for folder in folders:
-        if not folder.is_dir():
-            raise RunFolderError(f"{str(folder)!r} is no folder; a run folder or a recording was expected.")
-    _verify(folders)
-
-
-def _verify(folders: list[Path]) -> None:
-    from synapse.integrity import flaws
-
-    broken = 0
-    for folder in folders:
-        found = flaws(folder)
-        broken += bool(found)
-        terminal.out.print(f"{folder}: {'damaged' if found else 'whole'}", markup=False, soft_wrap=True)
-        for flaw in found:
-            terminal.out.print(f"  {flaw}", markup=False, soft_wrap=True)
-    if broken:
-        raise typer.Exit(1)

@@ -25,8 +25,8 @@ _KINDS = {"zero": "zero", "scale": "scale", "flip": "sign-flip", "noise": "noise
 """Option -> kind of intervention; in this order they act where several edit the same neurons."""
 
 # Settings of a study that say how its model was loaded.
-_LOADING = ("labels", "max_length", "dtype", "blocks", "readout", "mlp", "attention", "final")
-_COLUMNS = ("text", "pair", "file", "signal", "ids", "label")
+LOADING = ("labels", "max_length", "dtype", "blocks", "readout", "mlp", "attention", "final")
+COLUMNS = ("text", "pair", "file", "signal", "ids", "label")
 
 Spec = list[str] | None
 
@@ -105,8 +105,8 @@ def whatif(
     edits = [parse_edit(kind, spec, option=option) for kind, option, spec in said]
     item = _item(text, pair=pair, is_file=file, is_ids=ids)
     settings = {} if run is None else open_run(run).manifest.get("settings", {})
-    loading = {name: settings[name] for name in _LOADING if settings.get(name) is not None}
-    columns = {name: settings[name] for name in _COLUMNS if settings.get(name) is not None}
+    loading = {name: settings[name] for name in LOADING if settings.get(name) is not None}
+    columns = {name: settings[name] for name in COLUMNS if settings.get(name) is not None}
     examples = None if reference is None else read_examples(reference, **columns)
     classifier = Classifier.from_pretrained(model, device=device, trust_remote_code=trust_remote_code, **loading)
     rankings = rankings_for(edits, run, classifier, method=method)

@@ -1,4 +1,7 @@
-"""The `attack` table: success, collateral and smallest budgets of every attack and of its random control."""
+"""The `attack` table: success, collateral and smallest budgets of every attack and of its random control.
+
+What a family of attacks finds has one of six forms (see `synapse.types.Attacks`); each gives rows of its own.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,40 +10,60 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from synapse.measure.intervals import Resamples, figure, rate, resample
+from synapse.measure.intervals import figure, rate, rates, resample
 from synapse.measure.outcomes import predictions
-from synapse.types import GLOBAL, Figure, NoiseCurve, Redirection
+from synapse.types import (
+    GLOBAL,
+    Activations,
+    Attacks,
+    Bound,
+    Figure,
+    FlipCurve,
+    Manipulation,
+    NoiseCurve,
+    Redirection,
+    Transfer,
+)
 
 SHARES = {"d50": 0.5, "d95": 0.95}
 """The budgets that are looked for: those which redirect half, and nearly all, of the examples."""
+
+UNITS = {"frobenius": "||dW||/||W||", "rms": "logit"}
+"""How the budgets of fixed changes are called in the table, where not by their own name."""
 
 RESAMPLES = 1000
 
 CURVE_POINTS = 24
 """Budgets at which a success curve is tabulated."""
 
+_PAIRS_AT_ONCE = 4_000_000
+"""Pairs of draw and example in the resamples that are held at once, at most."""
+
 
 def attack_table(
-    redirections: Sequence[Redirection],
-    noise: Sequence[NoiseCurve],
-    clean_logits: Float[np.ndarray, "example label"],
-    *,
-    seed: int,
+    found: Attacks, test: Activations, noisy: Float[np.ndarray, "example label"], *, seed: int
 ) -> pd.DataFrame:
     """Return one row for each measured number of every attack; docs/run-folder.md lists the columns.
 
-    `clean_logits` are those of the examples that the noise curves ran on.
+    `test` are the examples that the attacks were scored on, `noisy` the clean logits of those that the noise curves ran
+    on.
     """
     rows: list[dict[str, Any]] = []
-    for attack in sorted({r.attack for r in redirections}):
-        group = [r for r in redirections if r.attack == attack]
+    for attack in sorted({r.attack for r in found.redirections}):
+        group = [r for r in found.redirections if r.attack == attack]
         grid = _budget_grid(group)
         for redirection in group:
             rows += _redirection_rows(redirection, grid, seed=seed)
-    for curve in noise:
-        rows += _noise_rows(curve, clean_logits, seed=seed)
+    for manipulation in found.manipulations:
+        rows += _manipulation_rows(manipulation, test, seed=seed)
+    for curve in found.noise:
+        rows += _noise_rows(curve, noisy, seed=seed)
+    rows += [_bound_row(bound) for bound in found.bounds]
+    rows += [_transfer_row(transfer) for transfer in found.transfers]
+    for flips in found.flips:
+        rows += _flip_rows(flips)
     return pd.DataFrame(rows)
 
 
@@ -63,6 +86,7 @@ class _Rows:
     target: str
     arm: str
     unit: str
+    detail: str = ""
 
     def row(self, measure: str, budget: float, number: Figure) -> dict[str, Any]:
         nan = float("nan")
@@ -70,6 +94,7 @@ class _Rows:
         return {
             "attack": self.attack,
             "location": self.location,
+            "detail": self.detail,
             "source": self.source,
             "target": self.target,
             "arm": self.arm,
@@ -115,46 +140,123 @@ def smallest_budget(needed: Float[np.ndarray, "draw example"], share: float, *, 
     reached = float(np.isfinite(budgets).mean())
     if reached < share:
         return Figure(None, None, None, n, unit, f"not reached: {reached:.0%} at any budget")
-    draws, examples = _resamples(n_draws, seed + 1).weights, _resamples(n, seed).weights
-    first = np.empty(len(examples), dtype=np.int64)
-    for r in range(len(examples)):  # one at a time: all at once would take resamples x draws x examples numbers
-        covered = np.cumsum(examples[r][order % n] * draws[r][order // n])
-        first[r] = np.searchsorted(covered, share * covered[-1] - 1e-9)
+    draws, examples = _counts(n_draws, seed + 1), _counts(n, seed)
+    at_once = max(1, _PAIRS_AT_ONCE // len(order))
+    parts = [slice(start, start + at_once) for start in range(0, len(examples), at_once)]
+    first = np.concatenate([_first_covering(draws[p], examples[p], order, share) for p in parts])
     found = budgets[np.minimum(first, len(budgets) - 1)]
     finite = np.where(np.isfinite(found), found, budgets[np.isfinite(budgets)].max())
     low, high = np.quantile(finite[1:], (0.025, 0.975))
     return Figure(float(found[0]), float(min(low, found[0])), float(max(high, found[0])), n, unit)
 
 
+def _first_covering(
+    draws: Float[np.ndarray, "sample draw"],
+    examples: Float[np.ndarray, "sample example"],
+    order: Int[np.ndarray, "pair"],
+    share: float,
+) -> Int[np.ndarray, "sample"]:
+    """Return how many pairs of draw and example, in an order, it takes in each resample to make up a share of them."""
+    draw, example = np.divmod(order, examples.shape[1])
+    covered = np.cumsum(examples[:, example] * draws[:, draw], axis=1)
+    return np.asarray((covered < share * covered[:, -1:] - 1e-9).sum(axis=1))
+
+
 def _rates(
     needed: Float[np.ndarray, "draw example"], budgets: Float[np.ndarray, "budget"], *, unit: str, seed: int
 ) -> list[Figure]:
-    """Return the share of (draw, example) pairs that each budget reaches: exact for one draw, else by resampling."""
-    n = needed.shape[1]
-    if len(needed) == 1:
-        return [rate(int((needed <= budget).sum()), n, unit=unit) for budget in budgets]
-    means = [_two_way_means(needed <= budget, seed) for budget in budgets]
-    return [figure(mean, n=n, unit=unit, bounds=(0, 1)) for mean in means]
+    """Return the share of (draw, example) pairs that each budget reaches."""
+    return _shares(needed <= budgets[:, None, None], unit=unit, seed=seed)
 
 
-def _two_way_means(hits: Bool[np.ndarray, "draw example"], seed: int) -> Float[np.ndarray, "sample"]:
+def _shares(hits: Bool[np.ndarray, "set draw example"], *, unit: str, seed: int) -> list[Figure]:
+    """Return the share of hits in each set: exact for one draw, else by resampling."""
+    n = hits.shape[2]
+    if hits.shape[1] == 1:
+        return rates(hits.sum(axis=(1, 2)), n, unit=unit)
+    return [figure(mean, n=n, unit=unit, bounds=(0, 1)) for mean in _two_way_means(hits, seed)]
+
+
+def _two_way_means(hits: Bool[np.ndarray, "set draw example"], seed: int) -> Float[np.ndarray, "set sample"]:
     """Return the share of hits in the data and in resamples of both the draws and the examples.
 
     Draws of a random change differ from each other, so an interval over the examples alone would be too narrow.
     *Source*: Owen (2007), "The pigeonhole bootstrap", Annals of Applied Statistics 1.
     """
-    draws, examples = _resamples(len(hits), seed + 1).weights, _resamples(hits.shape[1], seed).weights
-    total = draws.sum(axis=1) * examples.sum(axis=1)
-    means: Float[np.ndarray, "sample"] = np.einsum("re,re->r", draws @ hits, examples) / total
+    _, n_draws, n = hits.shape
+    draws, examples = _counts(n_draws, seed + 1), _counts(n, seed)
+    total = draws.sum(axis=1, dtype=np.float64) * examples.sum(axis=1, dtype=np.float64)
+    by_draw = hits.astype(np.float32) @ examples.T  # (set, draw, sample)
+    means: Float[np.ndarray, "set sample"] = np.einsum("sdr,rd->sr", by_draw, draws) / total
     return means
 
 
-@lru_cache(maxsize=6)
-def _resamples(n: int, seed: int) -> Resamples:
-    """Return the resamples of n examples or draws; attacks that follow each other share them."""
-    if n > 1:
-        return resample(n, seed=seed, draws=RESAMPLES)
-    return Resamples(np.ones((1 + RESAMPLES, 1)))  # a single draw cannot be resampled
+@lru_cache(maxsize=32)
+def _counts(n: int, seed: int) -> Float[np.ndarray, "sample item"]:
+    """Return how often each of n examples or draws stands in every resample; attacks that follow each other share them.
+
+    In float32, which is exact for what is counted here and takes half the time.
+    """
+    if n == 1:
+        return np.ones((1 + RESAMPLES, 1), dtype=np.float32)  # a single draw cannot be resampled
+    return resample(n, seed=seed, draws=RESAMPLES).weights.astype(np.float32)
+
+
+def _manipulation_rows(change: Manipulation, test: Activations, *, seed: int) -> list[dict[str, Any]]:
+    """Return how many predictions a fixed change moves, and the accuracy that it costs, over all examples."""
+    measure, budget = next(iter(change.budget.items()))
+    maker = _Rows(
+        change.attack, change.location, GLOBAL, GLOBAL, change.arm, UNITS.get(measure, measure), change.detail
+    )
+    found, clean = change.predictions, test.predictions
+    right = float((clean == test.targets).mean())
+    (moved,) = _shares((found != clean)[None], unit="predictions", seed=seed)
+    (kept,) = _shares((found == test.targets)[None], unit="accuracy", seed=seed)
+    value, low, high = (None if end is None else right - end for end in (kept.value, kept.high, kept.low))
+    lost = Figure(value, low, high, kept.n, kept.unit)
+    return [maker.row("flip_rate", budget, moved), maker.row("collateral", budget, lost)]
+
+
+def _bound_row(bound: Bound) -> dict[str, Any]:
+    maker = _Rows("certificate", bound.location, bound.source, bound.target, "bound", bound.unit)
+    measure = {share: name for name, share in SHARES.items()}.get(bound.share, "none")
+    return maker.row(measure, float("nan"), Figure(bound.budget, None, None, bound.n, bound.unit))
+
+
+def _transfer_row(found: Transfer) -> dict[str, Any]:
+    """Return the share of the other examples that follow at the budget that redirects a share of an edit's own."""
+    maker = _Rows(found.attack, found.location, found.source, found.target, "transfer", found.unit)
+    measure = {share: name for name, share in SHARES.items()}[found.share]
+    return maker.row(
+        f"success_at_{measure}", found.budget, rate(round(found.success * found.n), found.n, unit="examples")
+    )
+
+
+def _flip_rows(curve: FlipCurve) -> list[dict[str, Any]]:
+    """Return success and collateral of every number of flips, and the smallest that reaches each share.
+
+    Random draws differ from each other more than examples do: their interval is that of all of them, least to most.
+    """
+    maker = _Rows(
+        "bit-flips", f"{curve.location}, {curve.number_format}", curve.source, curve.target, curve.arm, "bits"
+    )
+    rows = []
+    for flips, redirected, lost in zip(map(float, curve.flips), curve.redirected.T, curve.lost.T, strict=True):
+        rows.append(maker.row("success", flips, _over_draws(redirected, curve.attacked, "examples")))
+        rows.append(maker.row("collateral", flips, _over_draws(lost, curve.others, "accuracy")))
+    success = curve.redirected.mean(axis=0) / max(curve.attacked, 1)
+    for measure, share in SHARES.items():
+        enough = [float(flips) for flips, reached in zip(curve.flips, success, strict=True) if reached >= share]
+        rows.append(
+            maker.row(measure, float("nan"), Figure(min(enough, default=None), None, None, curve.attacked, "bits"))
+        )
+    return rows
+
+
+def _over_draws(hits: Int[np.ndarray, "draw"], n: int, unit: str) -> Figure:
+    if len(hits) == 1 or n == 0:
+        return rate(int(hits[0]), n, unit=unit)
+    return Figure(float(hits.mean() / n), float(hits.min() / n), float(hits.max() / n), n, unit)
 
 
 def _noise_rows(
@@ -163,7 +265,7 @@ def _noise_rows(
     maker = _Rows("weight-noise", curve.place, GLOBAL, GLOBAL, "random", "||dW||/||W||")
     flipped = predictions(curve.logits) != predictions(clean_logits)  # (budget, draw, example)
     n = flipped.shape[2]
-    rates = np.stack([_two_way_means(of_budget, seed) for of_budget in flipped], axis=1)  # (resample, budget)
+    rates = _two_way_means(flipped, seed).T  # (resample, budget)
     rows = []
     for b, budget in enumerate(curve.budgets):
         rows.append(maker.row("flip_rate", budget, figure(rates[:, b], n=n, unit="predictions", bounds=(0, 1))))

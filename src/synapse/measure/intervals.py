@@ -162,10 +162,15 @@ def paired_score(
 
 def rate(hits: int, n: int, *, unit: str, note: str = "") -> Figure:
     """Return hits / n with its exact interval; a null figure where n is 0."""
+    return rates(np.array([hits]), n, unit=unit, note=note)[0]
+
+
+def rates(hits: Int[np.ndarray, "rate"], n: int, *, unit: str, note: str = "") -> list[Figure]:
+    """Return each hits / n with its exact interval; null figures where n is 0."""
     if n == 0:
-        return Figure(None, None, None, 0, unit, "no examples")
-    low, high = clopper_pearson(hits, n)
-    return Figure(float(hits / n), float(low), float(high), int(n), unit, note)
+        return [Figure(None, None, None, 0, unit, "no examples")] * len(hits)
+    ends = zip(hits.tolist(), *(end.tolist() for end in clopper_pearson(hits, n)), strict=True)
+    return [Figure(hit / n, low, high, n, unit, note) for hit, low, high in ends]
 
 
 def change(lost: Int[np.ndarray, "example"], *, unit: str, note: str = "") -> Figure:

@@ -110,8 +110,8 @@ def probe_figures(probe_table: pd.DataFrame) -> dict[str, dict[int, Figure]]:
 
 
 def _plain(figures: Any) -> Any:
-    """Nested figures as nested dictionaries with string keys; a name stays as it is."""
-    if isinstance(figures, str):
+    """Nested figures as nested dictionaries with string keys; a name, and what is not there, stays as it is."""
+    if figures is None or isinstance(figures, str):
         return figures
     if isinstance(figures, Figure):
         return figures.to_dict()

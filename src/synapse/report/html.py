@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from synapse.report import figures
+from synapse.report.attacks import COLUMNS, cheapest_attacks
 from synapse.report.findings import best_ranking, key_numbers, reaches_zero, sentences
 from synapse.report.run import Run, open_run
 from synapse.report.words import COMPONENTS, EVERY, few, interval, measured, number, sentence
@@ -107,6 +108,8 @@ def _context(run: Run, path: Path) -> dict[str, Any]:
         "panels": figures.panels(run),
         "judged_methods": list(run.section("faithfulness", "overall", run.judged_scope)),
         "judged": judged_rankings(run),
+        "attack_columns": COLUMNS,
+        "attacks": cheapest_attacks(run) if run.is_first else [],
         "top_units": top_units(run),
         "as_run": _as_run(run),
         "sites": _sites(run),
