@@ -7,6 +7,7 @@ import pytest
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
 import synapse.study
+from synapse.attack.edits import HeadEdits
 from synapse.errors import ConvergenceError, RestoreError, RunFolderError, SettingsError, SplitError
 from synapse.ranking import METHODS, RankingMethod, Scores
 from synapse.ranking.gradients import Taylor
@@ -238,6 +239,18 @@ def test_a_model_that_did_not_come_back_is_not_reported_on(tmp_path, monkeypatch
     with pytest.raises(RestoreError, match="not what they were before the study"):
         study(tmp_path / "run", classifier=classifier)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_keeps_the_edits_that_it_found_and_they_still_do_what_they_say(planted_run):
+    edits, test = HeadEdits.load(planted_run / "attacks" / "head-edit"), planted_examples(60, seed=2)
+    assert edits.checked(planted_classifier(), test) == []
+    source, target = edits.labels[edits.sources[0]], edits.labels[edits.targets[0]]
+    classifier = planted_classifier()
+    clean = classifier.predict(test).argmax(axis=1)
+    with edits.applied(classifier, source, target):
+        redirected = classifier.predict(test).argmax(axis=1)
+    asked = (clean == edits.sources[0]) & (test.targets(classifier.labels) == edits.sources[0])
+    assert (redirected[asked] == edits.targets[0]).mean() > 0.5
 
 
 def test_the_same_examples_twice_and_a_taken_place_are_refused_before_any_work(tmp_path):
