@@ -50,11 +50,13 @@ def crew(logs):
 
 
 def both_awake(crew):
-    """Wait until both workers of the crew work, and return their processes."""
+    """Wait until both workers of the crew work, and return their processes: work for seconds, or one could take it all."""
     found = set()
-    while len(found) < 2:
-        found |= {pid for _, pid in results(crew.map(built_in, range(20), shared=0)).values()}
-    return found
+    for _ in range(10):
+        found |= {pid for _, pid in results(crew.map(built_in, range(300), shared=0)).values()}
+        if len(found) == 2:
+            return found
+    raise AssertionError(f"One worker did all the work: {found}.")
 
 
 def results(outcomes):
@@ -74,7 +76,7 @@ def test_both_workers_work_and_give_what_this_process_gives(crew):
 def test_workers_keep_what_they_built_for_the_next_map(crew, tmp_path):
     pids = both_awake(crew)
     for _ in range(2):
-        found = results(crew.map(built_in, range(80), shared=Building(tmp_path))).values()
+        found = results(crew.map(built_in, range(300), shared=Building(tmp_path))).values()
         assert {built for built, _ in found} == {pid for _, pid in found} == pids
     assert len(list(tmp_path.iterdir())) == 2
 
