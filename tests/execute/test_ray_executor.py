@@ -50,7 +50,7 @@ def crew(logs):
 
 
 def both_awake(crew):
-    """Wait until both workers of the crew work, and return their processes: work for seconds, or one could take it all."""
+    """Return the processes of both workers, found while both work: short work one of them could take alone."""
     found = set()
     for _ in range(10):
         found |= {pid for _, pid in results(crew.map(built_in, range(300), shared=0)).values()}
