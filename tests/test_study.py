@@ -15,7 +15,7 @@ from synapse.ranking.weights import LinearWeight
 from synapse.report import summary_lines
 from synapse.report.run import open_run
 from synapse.settings import make_settings, read_settings
-from synapse.study import forecast, run_study
+from synapse.study import run_study
 
 QUICK = {"examples": 30, "train_examples": 120, "fractions": (0.1, 0.5, 1.0), "kinds": ("zero", "noise")}
 
@@ -271,16 +271,6 @@ def test_the_same_examples_twice_and_a_taken_place_are_refused_before_any_work(t
             out=tmp_path / "taken",
             progress=never,
         )
-
-
-def test_the_forecast_counts_what_the_sweep_then_runs():
-    classifier, train, test = planted_classifier(), planted_examples(150, seed=1), planted_examples(60, seed=2)
-    planned = forecast(classifier, train, test, make_settings(**QUICK))
-    assert (planned.train_examples, planned.test_examples, planned.sweep_examples) == (120, 60, 30)
-    # 2 blocks: a run at block 0 costs one block pass, a run at block 1 none; the clean pass costs 2 an example
-    at_block_0 = planned.sweep.block_passes - 30 * 2
-    assert 0 < at_block_0 < planned.sweep.runs
-    assert planned.seconds > 0
 
 
 @pytest.mark.parametrize(

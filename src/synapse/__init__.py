@@ -67,6 +67,7 @@ _HOMES = {
     "what_if": "synapse.whatif",
     "measure": "synapse.measure",
     "run_study": "synapse.study",
+    "forecast": "synapse.forecasting",
     "make_settings": "synapse.settings",
     "summary_lines": "synapse.report.findings",
     "SynapseError": "synapse.errors",

@@ -1,5 +1,7 @@
 """The settings of a study: a file (`study.yaml`), command-line options or keyword arguments, checked at the door."""
 
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ from synapse.attack.families import FAMILIES
 from synapse.attack.noise import DRAWS
 from synapse.data.tables import is_elsewhere
 from synapse.errors import SettingsError, near
+from synapse.execute import Executor, RayExecutor, SerialExecutor
 from synapse.ranking import METHODS
 from synapse.sweeping import AUTOCAST, ENGINES, FRACTIONS, KINDS, Grid, Kind
 from synapse.types import COMPONENTS, SWEPT_SCOPES, Component, Readout, Scope
@@ -58,6 +61,20 @@ class Settings(pydantic.BaseModel):
     seed: int = pydantic.Field(0, ge=0, description="seed of every random choice")
     threads: int | None = pydantic.Field(None, ge=1, description="CPU threads (default: all)")
     title: str | None = pydantic.Field(None, description="title of the report")
+
+    executor: Literal["serial", "ray"] = pydantic.Field(
+        "serial", description="who runs what takes long: this process, or workers on a Ray cluster"
+    )
+    workers: int | None = pydantic.Field(None, ge=1, description="Ray: workers at a time (default: one a CPU core)")
+    address: str | None = pydantic.Field(
+        None, description="Ray: the cluster to join, 'auto' or host:port (default: one on this machine)"
+    )
+    cpus_per_worker: float = pydantic.Field(1.0, ge=0, description="Ray: CPUs set aside for a worker")
+    gpus_per_worker: float = pydantic.Field(0.0, ge=0, description="Ray: GPUs set aside for a worker, fractions too")
+    threads_per_worker: int = pydantic.Field(1, ge=1, description="Ray: CPU threads of a worker")
+    worker_logs: Path | None = pydantic.Field(
+        None, description="Ray: folder for one log file a worker, which all machines share"
+    )
 
     train_examples: Amount = pydantic.Field(2000, description="training examples used, a stratified sample, or 'all'")
     examples: Amount = pydantic.Field(64, description="test examples in the sweep, a stratified sample, or 'all'")
@@ -166,6 +183,27 @@ class Settings(pydantic.BaseModel):
     def rivals(self) -> tuple[str, ...]:
         """The methods that are swept beside the first one; random sets are swept anyway."""
         return tuple(method for method in self.methods[1:] if method != "random")
+
+    def opened_executor(self) -> AbstractContextManager[Executor]:
+        """Return a context that gives the executor of the study.
+
+        Raises:
+            SettingsError: a cluster is named, and not how many of its workers to use.
+        """
+        if self.executor == "serial":
+            return SerialExecutor()
+        if self.workers is None and self.address is not None:
+            raise SettingsError(
+                f"The cluster at {self.address!r} was named, and not how many workers to start there; give --workers."
+            )
+        return RayExecutor(
+            self.workers or max(1, (os.cpu_count() or 1) // self.threads_per_worker),
+            address=self.address,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=self.gpus_per_worker,
+            threads_per_worker=self.threads_per_worker,
+            logs=self.worker_logs,
+        )
 
     def grid(self) -> Grid:
         """Return the sweep's grid."""

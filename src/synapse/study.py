@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -22,25 +22,25 @@ from jaxtyping import Int
 from synapse.attack.edits import HeadEdits, fit_head_edits
 from synapse.attack.families import FAMILIES, Target
 from synapse.attack.head import FittedStep
-from synapse.attack.noise import noise_cost
 from synapse.data.examples import Examples, sample_examples, shared_inputs
 from synapse.errors import ConvergenceError, RestoreError, SettingsError, SplitError
+from synapse.execute import Executor
+from synapse.forecasting import amount
 from synapse.measure.agreement import agreement_table
 from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
 from synapse.measure.scorecard import component_figures, scorecard, sweep_table
 from synapse.model.classifier import Classifier
-from synapse.model.resume import clean_pass
 from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
 from synapse.probe.probe import Probes, fit_probes, refit_probes
 from synapse.ranking import METHODS, Ranking, rank
 from synapse.ranking.bootstrap import RankStability, rank_stability, runs_the_model
 from synapse.ranking.statistics import RandomOrder
-from synapse.recording import bytes_on_disk, record_components
+from synapse.recording import record_components
 from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
-from synapse.sweeping import Cost, Reach, cost_of, joined, plan, sweep
+from synapse.sweeping import joined, plan, sweep
 from synapse.types import Activations, Attacks, Component, Progress, Sweep
 
 log = logging.getLogger(__name__)
@@ -57,43 +57,6 @@ StageProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What a study will run, and about how long that takes on this machine."""
-
-    train_examples: int
-    test_examples: int
-    sweep_examples: int
-    sweep: Cost
-    forward_passes: int
-    seconds: float
-    disk_bytes: int
-    """What the recordings take, if they are kept and not there yet."""
-
-
-def forecast(classifier: Classifier, train: Examples, test: Examples, settings: Settings) -> Forecast:
-    """Return the plan's cost in full forward passes of one example, and the time they take here.
-
-    The time is that of a sample of test examples, scaled; the probes and the measures, which take seconds to a minute,
-    are not counted.
-    """
-    n_train, n_test = _amount(settings.train_examples, len(train)), len(test)
-    n_sweep = _amount(settings.examples, len(test))
-    first = next(iter(classifier.batches(test.inputs[:1])))
-    clean = clean_pass(classifier, first, reuse="residual")
-    costs = []
-    for component in settings.sites:
-        ranking, *rivals = [_any_ranking(classifier, component, i) for i in range(1 + len(settings.rivals))]
-        cells = plan(ranking, settings.grid(), rivals=rivals, seed=settings.seed)
-        costs.append(cost_of(cells, n_sweep, Reach.of(classifier, component, clean)))
-    cost = Cost(*(sum(getattr(each, field.name) for each in costs) for field in fields(Cost)))
-    noise = noise_cost(classifier, _amount(settings.attack_examples, n_sweep), draws=settings.noise_draws)
-    passes = n_train + n_test + (cost.block_passes + noise) / classifier.n_layers
-    seconds = passes * _seconds_per_example(classifier, test)
-    disk = 0 if settings.cache is None else bytes_on_disk(classifier, n_train + n_test, settings.sites)
-    return Forecast(n_train, n_test, n_sweep, cost, round(passes), seconds, disk)
-
-
 def run_study(
     classifier: Classifier,
     train: Examples,
@@ -101,12 +64,14 @@ def run_study(
     *,
     settings: Settings,
     out: Path,
+    executor: Executor | None = None,
     progress: StageProgress = lambda _stage, _done, _total: None,
     command: str = "",
 ) -> Path:
     """Study a classifier and leave a run folder at `out`; nothing is left there if the study does not end well.
 
-    What its sweeps have done by then lies beside it, in `.NAME-sweep`, from where the same study goes on.
+    What its sweeps have done by then lies beside it, in `.NAME-sweep`, from where the same study goes on. `executor`
+    runs what takes long (recording, probes and their refits, sweeps): by default this process.
 
     Neurons are ranked and attacks are fitted on `train`; everything is measured on `test`. The classifier's weights are
     compared by SHA-256 before and after.
@@ -135,9 +100,9 @@ def run_study(
     unfinished = out.with_name(f".{out.name}-sweep")
     weights_hash = classifier.weights_hash()
 
-    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings, step))
+    recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings, executor, step))
     parts = [
-        _studied(classifier, component, recorded[component], train, test, swept, settings, unfinished, timer)
+        _studied(classifier, component, recorded[component], train, test, swept, settings, unfinished, executor, timer)
         for component in settings.sites
     ]
     whole = recorded[settings.sites[0]]  # logits and features are the same whichever component they came with
@@ -196,15 +161,17 @@ class _Recorded:
 
 
 def _record_both(
-    classifier: Classifier, train: Examples, test: Examples, settings: Settings, step: Progress
+    classifier: Classifier,
+    train: Examples,
+    test: Examples,
+    settings: Settings,
+    executor: Executor | None,
+    step: Progress,
 ) -> dict[Component, _Recorded]:
     total = len(train) + len(test)
-    first = record_components(
-        classifier, train, settings.sites, keep=settings.cache, progress=lambda done, _: step(done, total)
-    )
-    second = record_components(
-        classifier, test, settings.sites, keep=settings.cache, progress=lambda done, _: step(len(train) + done, total)
-    )
+    both = partial(record_components, classifier, components=settings.sites, keep=settings.cache, executor=executor)
+    first = both(examples=train, progress=lambda done, _: step(done, total))
+    second = both(examples=test, progress=lambda done, _: step(len(train) + done, total))
     return {component: _Recorded(_near(first[component]), _near(second[component])) for component in settings.sites}
 
 
@@ -233,14 +200,15 @@ def _studied(
     swept: Examples,
     settings: Settings,
     unfinished: Path,
+    executor: Executor | None,
     timer: "_Timer",
 ) -> _Studied:
     """Probe, rank and sweep one component; what the sweep has done is kept in `unfinished`."""
     seed, name = settings.seed, f" {component}" if len(settings.sites) > 1 else ""
-    probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed))
+    probes = timer.stage(f"probe{name}", lambda _: fit_probes(recorded.train, seed=seed, executor=executor))
     evaluations = timer.stage(f"controls{name}", lambda _: _evaluated(probes, recorded, train, test, seed))
     rankings = timer.stage(f"rank{name}", lambda _: _rankings(classifier, train, recorded.train, probes, settings))
-    drawn = timer.stage(f"rank again{name}", lambda step: _drawn(recorded.train, probes, settings, step))
+    drawn = timer.stage(f"rank again{name}", lambda step: _drawn(recorded.train, probes, settings, executor, step))
     rivals = [ranking for ranking in rankings if ranking.method in settings.rivals]
     outcome = timer.stage(
         f"sweep{name}",
@@ -254,6 +222,7 @@ def _studied(
             precision=settings.precision,
             autocast=settings.autocast,
             keep=unfinished / component,
+            executor=executor,
             seed=seed,
             progress=step,
         ),
@@ -274,7 +243,9 @@ def _rankings(
     return [rank(recorded, method=method, probes=probes, classifier=classifier, examples=train) for method in methods]
 
 
-def _drawn(recorded: Activations, probes: Probes, settings: Settings, step: Progress) -> RankStability | None:
+def _drawn(
+    recorded: Activations, probes: Probes, settings: Settings, executor: Executor | None, step: Progress
+) -> RankStability | None:
     """Return the ranks of many draws by the first method; None where there are none to be had, or none are wanted."""
     method = METHODS[settings.methods[0]]
     if settings.rank_draws == 0:
@@ -284,7 +255,13 @@ def _drawn(recorded: Activations, probes: Probes, settings: Settings, step: Prog
         return None
     try:
         return rank_stability(
-            recorded, method=method, probes=probes, draws=settings.rank_draws, seed=settings.seed, progress=step
+            recorded,
+            method=method,
+            probes=probes,
+            draws=settings.rank_draws,
+            seed=settings.seed,
+            executor=executor,
+            progress=step,
         )
     except ConvergenceError as error:  # of one draw, for which a study need not end
         log.warning("%s The study goes on without draws.", error)
@@ -409,29 +386,8 @@ class _Timer:
         self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
-def _amount(asked: Amount, available: int) -> int:
-    return available if asked == "all" else min(asked, available)
-
-
 def _sample(examples: Examples, classifier: Classifier, asked: Amount, seed: int) -> Int[np.ndarray, "example"]:
-    return sample_examples(examples.targets(classifier.labels), _amount(asked, len(examples)), seed=seed)
-
-
-def _any_ranking(classifier: Classifier, component: Component, seed: int) -> Ranking:
-    """Return a ranking of the right shape: what a plan costs does not depend on the order."""
-    sites = classifier.sites(component)
-    scores = np.random.default_rng(seed).random((len(sites), 1 + len(classifier.labels), sites[0].width))
-    return Ranking(RandomOrder().name, scores, classifier.labels, source="", component=component)
-
-
-def _seconds_per_example(classifier: Classifier, examples: Examples, n: int = 64) -> float:
-    rows = np.linspace(0, len(examples) - 1, min(n, len(examples))).astype(int)
-    batches = list(classifier.batches(examples.take(rows).inputs))
-    clean_pass(classifier, batches[0])  # the first pass pays for warming up
-    start = time.perf_counter()
-    for batch in batches:
-        clean_pass(classifier, batch)
-    return (time.perf_counter() - start) / len(rows)
+    return sample_examples(examples.targets(classifier.labels), amount(asked, len(examples)), seed=seed)
 
 
 def _manifest(

@@ -202,7 +202,7 @@ def test_the_room_that_is_told_is_the_room_that_is_taken(tmp_path, monkeypatch, 
 
 def test_too_small_a_disk_stops_before_any_work(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(of_folder.shutil, "disk_usage", lambda _: Disk(10**9, 10**9 - 10**7, 10**7))
-    monkeypatch.setattr("synapse.recording.run_window", None)  # would fail
+    monkeypatch.setattr("synapse.recording.windows.run_window", None)  # would fail
     with pytest.raises(ResourceError) as caught:
         record(*subject, keep=tmp_path / "shelf")
     message = str(caught.value)
@@ -225,10 +225,10 @@ def test_a_disk_with_room_for_what_is_left_lets_a_recording_go_on(subject, tmp_p
         done.append(1)
         return run_window(*arguments, **options)
 
-    monkeypatch.setattr("synapse.recording.run_window", killed)
+    monkeypatch.setattr("synapse.recording.windows.run_window", killed)
     with pytest.raises(KeyboardInterrupt):
         record(classifier, examples, keep=tmp_path)
-    monkeypatch.setattr("synapse.recording.run_window", run_window)
+    monkeypatch.setattr("synapse.recording.windows.run_window", run_window)
     free = of_folder._SPARE_BYTES + needed // 2  # for half of it
     monkeypatch.setattr(of_folder.shutil, "disk_usage", lambda _: Disk(10**9, 10**9 - free, free))
     found = record(classifier, examples, keep=tmp_path)

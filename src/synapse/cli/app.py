@@ -52,6 +52,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Engine(StrEnum):
+    """Who runs what takes long."""
+
+    serial = "serial"
+    ray = "ray"
+
+
 class Dtype(StrEnum):
     """In what precision to compute."""
 
@@ -60,7 +67,22 @@ class Dtype(StrEnum):
 
 
 INPUTS, FINDINGS, ENGINE = "What the examples are", "Where the anatomy is not found", "How the sweep is run"
+CLUSTER = "Who runs what takes long"
 
+Executor = Annotated[
+    Engine | None, typer.Option(help="serial (this process) or ray (workers). [serial]", rich_help_panel=CLUSTER)
+]
+Workers = Annotated[int | None, typer.Option(help="Workers at a time. [one a CPU core]", rich_help_panel=CLUSTER)]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: 'auto' or host:port. [started on this machine]", rich_help_panel=CLUSTER),
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(help="GPUs of a worker, fractions too. [0]", rich_help_panel=CLUSTER)
+]
+CpusPerWorker = Annotated[float | None, typer.Option(help="CPUs of a worker. [1]", rich_help_panel=CLUSTER)]
+ThreadsPerWorker = Annotated[int | None, typer.Option(help="CPU threads of a worker. [1]", rich_help_panel=CLUSTER)]
+WorkerLogs = Annotated[Path | None, typer.Option(help="Folder for one log file a worker.", rich_help_panel=CLUSTER)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Blocks = Annotated[
     str | None,
@@ -151,6 +173,13 @@ def run(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report. [name of the model]")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Run in float32, or as the weights are. [float32]")] = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_worker: GpusPerWorker = None,
+    cpus_per_worker: CpusPerWorker = None,
+    threads_per_worker: ThreadsPerWorker = None,
+    worker_logs: WorkerLogs = None,
     trust_remote_code: TrustRemoteCode = False,
     blocks: Blocks = None,
     readout: ReadoutRows = None,
@@ -198,6 +227,13 @@ def run(
         "autocast": autocast,
         "title": title,
         "dtype": dtype.value if dtype else None,
+        "executor": executor.value if executor else None,
+        "workers": workers,
+        "address": address,
+        "gpus_per_worker": gpus_per_worker,
+        "cpus_per_worker": cpus_per_worker,
+        "threads_per_worker": threads_per_worker,
+        "worker_logs": worker_logs,
         "trust_remote_code": trust_remote_code or None,
         **_findings(blocks, readout, mlp, attention, final),
     }
@@ -213,41 +249,51 @@ def run(
 
 def _study(settings: Any) -> Path:
     """Load what the settings name, say what is planned, and run it."""
-    import torch
-
-    from synapse.data.examples import split_examples
-    from synapse.data.reading import read_examples
-    from synapse.model.classifier import Classifier
+    from synapse.cli.loading import check_named, load_study
+    from synapse.forecasting import forecast
     from synapse.store import check_free
-    from synapse.study import forecast, run_study
+    from synapse.study import run_study
 
-    if not settings.model:
-        raise SettingsError("No model is named; 'model: path/to/model' was expected in the study file.")
-    files = [file for file in (settings.train, settings.test) if file is not None]
-    if not files:
-        raise SettingsError("No examples are given; pass --train FILE and --test FILE (or one of them, to be split).")
+    check_named(settings)
     out = settings.out or Path("runs") / Path(settings.model).name
     check_free(out, overwrite=settings.overwrite)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    parts = [read_examples(file, **settings.columns()) for file in files]
-    train, test = parts if len(parts) == 2 else split_examples(parts[0], seed=settings.seed)
-    classifier = Classifier.from_pretrained(
-        settings.model,
-        labels=settings.labels,
-        device=settings.device,
-        max_length=settings.max_length,
-        dtype=settings.dtype,
-        trust_remote_code=settings.trust_remote_code,
-        **settings.findings(),
-    )
-    for part in (train, test):
-        part.targets(classifier.labels)
+    classifier, train, test = load_study(settings)
     terminal.show_forecast(forecast(classifier, train, test, settings), settings.cache)
-    with terminal.stage_progress() as progress:
+    with settings.opened_executor() as executor, terminal.stage_progress() as progress:
         return run_study(
-            classifier, train, test, settings=settings, out=out, progress=progress, command=_command_line()
+            classifier,
+            train,
+            test,
+            settings=settings,
+            out=out,
+            executor=executor,
+            progress=progress,
+            command=_command_line(),
         )
+
+
+@app.command()
+def plan(
+    study: Annotated[Path, typer.Argument(help="Study file (.yaml), as `synapse run` takes it.")],
+    workers: Annotated[int | None, typer.Option(help="Workers. [those of the file, or one]")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Examples that a worker's model reads in a second. [measured here, in one process]"),
+    ] = None,
+) -> None:
+    """Print what a study will cost, on this machine or on workers of a given rate; nothing is started.
+
+    Example: `synapse plan study.yaml --workers 8 --rate 2000`
+    """
+    from synapse.cli.loading import load_study
+    from synapse.forecasting import forecast
+    from synapse.settings import make_settings, read_settings
+
+    if (workers is not None and workers < 1) or (rate is not None and rate <= 0):
+        raise SettingsError(f"{workers} workers of a rate of {rate} were given; numbers above 0 were expected.")
+    settings = make_settings(**read_settings(study))
+    found = forecast(*load_study(settings), settings)
+    terminal.show_plan(found, workers or settings.workers or 1, None if rate is None else 1 / rate)
 
 
 @app.command()
@@ -283,6 +329,8 @@ def inspect(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the three runs and the comparison.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    executor: Executor = None,
+    workers: Workers = None,
 ) -> None:
     """Study three embedded classifiers (cybersecurity, healthcare, vision) offline and compare them.
 
@@ -290,9 +338,11 @@ def demo(
     """
     from synapse.demo.study import run_demo
     from synapse.report.compare import comparison_table, write_comparison
+    from synapse.settings import make_settings
 
-    with terminal.stage_progress() as progress:
-        runs = run_demo(out, seed=seed, progress=progress)
+    given = {"executor": executor.value if executor else "serial", "workers": workers}
+    with make_settings(**given).opened_executor() as opened, terminal.stage_progress() as progress:
+        runs = run_demo(out, seed=seed, executor=opened, progress=progress)
     for finished in runs:
         terminal.show_run(finished)
     terminal.out.print("\n[bold]Side by side[/bold]")

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from synapse.errors import RunFolderError
+from synapse.forecasting import START_SECONDS, Forecast
 from synapse.recording import Recording, in_words
 from synapse.report.findings import key_numbers, summary_lines
 from synapse.report.html import sweep_notes
 from synapse.report.run import open_run
-from synapse.study import Forecast, StageProgress
+from synapse.study import StageProgress
 
 # A file or a pipe has no width of its own; tables are not cut to that of a small terminal there.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
@@ -64,6 +65,32 @@ def show_forecast(forecast: Forecast, cache: Path | None) -> None:
         f"{_duration(forecast.seconds)}, and up to a minute for probes and measures.{kept}",
         markup=False,
     )
+
+
+def show_plan(forecast: Forecast, workers: int, seconds_per_pass: float | None) -> None:
+    """Print what a study is cut into, and the time that so many workers need."""
+    pace = forecast.seconds_per_pass if seconds_per_pass is None else seconds_per_pass
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("stage", "items", "forward passes", "comes back", "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in forecast.stages:
+        table.add_row(
+            stage.name + (", by the driver" if stage.in_driver else ""),
+            f"{stage.items:,}",
+            f"{stage.passes:,.0f}",
+            in_words(stage.moved_bytes) if stage.moved_bytes else "-",
+            f"{stage.seconds(workers, pace):,.0f}",
+        )
+    out.print(table)
+    here = "as measured here" if seconds_per_pass is None else f"as given; here {1 / forecast.seconds_per_pass:,.1f}"
+    total = forecast.seconds_on(workers, pace)
+    out.print(
+        f"{workers} worker{'s' if workers > 1 else ''}, each {1 / pace:,.1f} examples a second ({here}): about "
+        f"{_duration(total)}, of which {START_SECONDS:.0f} s to start. Probes, rankings and measures come on top.",
+        markup=False,
+    )
+    if forecast.disk_bytes:
+        out.print(f"Recordings take {in_words(forecast.disk_bytes)} on disk, unless they are there.", markup=False)
 
 
 def show_run(run: Path) -> None:
@@ -127,7 +154,9 @@ def show_comparison(table: pd.DataFrame) -> None:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _plain(text: str) -> str:

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from synapse.demo.domains import Domain, ModuleDomain, domains
+from synapse.execute import Executor
 from synapse.model.classifier import Classifier
 from synapse.settings import Settings, make_settings
 from synapse.study import StageProgress, run_study
 
 
-def run_demo(out: Path, *, seed: int, progress: StageProgress) -> list[Path]:
+def run_demo(out: Path, *, seed: int, progress: StageProgress, executor: Executor | None = None) -> list[Path]:
     """Study every embedded domain and return the run folders; runs of an earlier demo are replaced."""
-    return [_run_domain(domain, out / domain.name, seed, progress) for domain in domains()]
+    return [_run_domain(domain, out / domain.name, seed, progress, executor) for domain in domains()]
 
 
 def load_domain(domain: Domain) -> Classifier:
@@ -31,13 +32,14 @@ def demo_settings(domain: Domain, *, seed: int) -> Settings:
     return make_settings(title=f"{domain.title} ({domain.name})", seed=seed, overwrite=True)
 
 
-def _run_domain(domain: Domain, out: Path, seed: int, progress: StageProgress) -> Path:
+def _run_domain(domain: Domain, out: Path, seed: int, progress: StageProgress, executor: Executor | None) -> Path:
     return run_study(
         load_domain(domain),
         domain.examples("train"),
         domain.examples("test"),
         settings=demo_settings(domain, seed=seed),
         out=out,
+        executor=executor,
         progress=lambda stage, done, total: progress(f"{domain.name}: {stage}", done, total),
         command="synapse demo",
     )

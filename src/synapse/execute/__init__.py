@@ -1,4 +1,4 @@
-"""What runs a stage's work: this process, or workers on a cluster behind the same `Executor.map`.
+"""What runs a stage's work: this process, its threads, or workers on a cluster behind the same `Executor.map`.
 
 ```python
 with RayExecutor(workers=4) as executor:
@@ -9,6 +9,17 @@ with RayExecutor(workers=4) as executor:
 
 from synapse.execute.base import Counts, Done, Executor, Failed, Recipe, unreported
 from synapse.execute.ray import RayExecutor
-from synapse.execute.serial import SerialExecutor
+from synapse.execute.serial import SerialExecutor, ThreadExecutor, for_models
 
-__all__ = ["Counts", "Done", "Executor", "Failed", "RayExecutor", "Recipe", "SerialExecutor", "unreported"]
+__all__ = [
+    "Counts",
+    "Done",
+    "Executor",
+    "Failed",
+    "RayExecutor",
+    "Recipe",
+    "SerialExecutor",
+    "ThreadExecutor",
+    "for_models",
+    "unreported",
+]

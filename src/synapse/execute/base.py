@@ -1,10 +1,13 @@
 """What every executor does: a function, items and what they share in; one outcome for each item out."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
@@ -85,6 +88,11 @@ class Executor(ABC):
     a map that is not taken to its end is not run.
     """
 
+    workers: int
+    """How many items are run at a time."""
+    is_remote: ClassVar[bool] = False
+    """Whether items are run in other processes, which have only what they are sent."""
+
     @abstractmethod
     def map(
         self, work: Work[Item, Result], items: Iterable[Item], *, shared: Any = None, report: Report = unreported
@@ -105,6 +113,35 @@ class Executor(ABC):
             Exception: what `build()` raised.
             ResourceError: no worker could be had, or none survived building what is shared.
         """
+
+    def results(
+        self, work: Work[Item, Result], items: Iterable[Item], *, shared: Any = None, report: Report = unreported
+    ) -> Iterator[Done[Result]]:
+        """Yield what is done, as `map` does, and raise what an item raised.
+
+        In other processes the rest is run first, since it is paid for; here there is nothing to wait for.
+
+        Raises:
+            Exception: that of the first item that failed; all of them are logged.
+        """
+        failed: list[Failed] = []
+        for outcome in self.map(work, items, shared=shared, report=report):
+            if isinstance(outcome, Done):
+                yield outcome
+                continue
+            failed.append(outcome)
+            if not self.is_remote:
+                break
+        if len(failed) > 1:
+            for each in failed:
+                log.error("%s", each)
+            log.error("%d items failed, of which the first is the reason given.", len(failed))
+        if failed:
+            raise min(failed, key=_position).error
+
+
+def _position(outcome: Failed) -> int:
+    return outcome.position
 
 
 def build(shared: Any) -> Any:

@@ -321,9 +321,12 @@ class _Worker:
 class _Crew(Executor):
     """The workers, kept from one map to the next."""
 
+    is_remote = True
+
     def __init__(self, ray: Any, executor: RayExecutor) -> None:
         self.ray, self.executor = ray, executor
-        self.workers = [_Worker(f"worker-{place}") for place in range(executor.workers)]
+        self.workers = executor.workers
+        self.places = [_Worker(f"worker-{place}") for place in range(executor.workers)]
         self.hands = ray.remote(_Hands).options(**executor.placement)
         self.shared: Any = None
         self.reference: Any = None
@@ -341,7 +344,7 @@ class _Crew(Executor):
             yield from _Map(self, work, items, Tally(report)).outcomes()
         finally:
             self.is_mapping = False
-            for worker in self.workers:  # what is still run is run for nobody
+            for worker in self.places:  # what is still run is run for nobody
                 if worker.tasks:
                     self.dismiss(worker)
 
@@ -350,7 +353,7 @@ class _Crew(Executor):
         is_known = isinstance(shared, Recipe) and type(shared) is type(self.shared) and shared == self.shared
         if not is_known:
             self.shared, self.reference = shared, self.ray.put(shared)
-        for worker in self.workers:
+        for worker in self.places:
             worker.pace, worker.size = math.inf, 1
 
     @property
@@ -374,7 +377,7 @@ class _Crew(Executor):
 
     def end(self) -> None:
         """End all of them."""
-        for worker in self.workers:
+        for worker in self.places:
             self.dismiss(worker)
 
 
@@ -382,7 +385,7 @@ class _Map:
     """One map: what is still to be given out, and to whom."""
 
     def __init__(self, crew: _Crew, work: Work[Any, Any], items: Iterable[Any], tally: Tally) -> None:
-        self.crew, self.ray, self.workers, self.work, self.tally = crew, crew.ray, crew.workers, work, tally
+        self.crew, self.ray, self.workers, self.work, self.tally = crew, crew.ray, crew.places, work, tally
         self.source = enumerate(items)
         self.waiting: deque[_Task] = deque()
         self.is_exhausted = False

@@ -1,11 +1,18 @@
-"""Work that is run in this process, one item after the other."""
+"""Work that is run in this process: one item after the other, or on its threads."""
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
+from synapse.errors import SettingsError
 from synapse.execute.base import Executor, Item, Outcome, Report, Result, Tally, Work, build, outcome_of, unreported
 
 
@@ -17,6 +24,7 @@ class SerialExecutor(Executor):
     """
 
     threads_per_worker: int | None = None
+    workers: int = field(default=1, init=False)
 
     def __enter__(self) -> Executor:
         return self
@@ -38,6 +46,51 @@ class SerialExecutor(Executor):
                 outcome = outcome_of(work, built, position, item)
             tally.add(outcome)
             yield outcome
+
+
+@dataclass(frozen=True)
+class ThreadExecutor(Executor):
+    """Runs items on threads of this process, each with one thread of linear algebra; outcomes come in their order.
+
+    For work that leaves Python, such as many small matrix products: one thread an item beats many threads a product,
+    most of all on a busy machine. What is shared is one value for all threads.
+    """
+
+    workers: int = os.cpu_count() or 1
+
+    def map(
+        self, work: Work[Item, Result], items: Iterable[Item], *, shared: Any = None, report: Report = unreported
+    ) -> Iterator[Outcome[Result]]:
+        """Yield what became of every item, in their order."""
+        tally, built, numbered = Tally(report), build(shared), enumerate(items)
+        coming: deque[Future[Outcome[Result]]] = deque()
+        with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(self.workers) as pool:
+            try:
+                while True:
+                    for position, item in islice(numbered, 2 * self.workers - len(coming)):
+                        coming.append(pool.submit(outcome_of, work, built, position, item))
+                    if not coming:
+                        return
+                    outcome = coming.popleft().result()
+                    tally.add(outcome)
+                    yield outcome
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def for_models(executor: Executor | None) -> Executor:
+    """Return what runs work that edits a live model: this process by default, and never threads that share the model.
+
+    Raises:
+        SettingsError: the executor runs several items at a time in this process.
+    """
+    found = executor or SerialExecutor()
+    if found.workers > 1 and not found.is_remote:
+        raise SettingsError(
+            f"{type(found).__name__} was given to run a model in {found.workers} threads, whose edits would mix; a "
+            "SerialExecutor or a RayExecutor was expected."
+        )
+    return found
 
 
 @contextmanager

@@ -113,12 +113,18 @@ class Classifier:
         self.device = device
         self.longest_sample = longest_sample
         self.notes = notes
+        self.loaded_from: Mapping[str, Any] | None = None
+        """What `load_classifier` was told, where the module came from there."""
         self.blocks = tuple(module.get_submodule(block) for block in anatomy.blocks)
         # Rows of one forward pass: few enough to stay in a CPU's cache, many enough to keep a GPU busy.
         self.max_tokens = max(128, STATE_NUMBERS[device.type] // anatomy.width)
         self._batch: Batch | None = None
         self._logit_edits: list[LogitEdit] = []
         self._is_studied = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process is sent: a mode that this one is in does not hold there."""
+        return {**self.__dict__, "_batch": None, "_is_studied": False}
 
     @classmethod
     def from_pretrained(
@@ -146,8 +152,9 @@ class Classifier:
             ModelError: nothing to load there, or no fine-tuned single-label classification head.
             AnatomyError: the model's parts could not be found or proved.
         """
-        loaded = load_classifier(model, max_length=max_length, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls.from_module(
+        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        loaded = load_classifier(model, **options)
+        found = cls.from_module(
             loaded.module,
             preprocess=loaded.preprocess,
             labels=loaded.labels if labels is None else labels,
@@ -160,6 +167,9 @@ class Classifier:
             final=final,
             notes=loaded.notes,
         )
+        place = str(Path(model).resolve()) if Path(model).exists() else str(model)
+        found.loaded_from = {"model": place, **options}
+        return found
 
     @classmethod
     def from_module(
@@ -287,22 +297,30 @@ class Classifier:
 
         Where padding moves a model's logits, or its rows cannot be told from padding, a batch holds one length.
         """
+        for index in self.buckets(inputs):
+            yield self.batch(inputs, index, targets)
+
+    def buckets(self, inputs: Inputs) -> list[Int[np.ndarray, "example"]]:
+        """Return the positions of the inputs in every batch."""
         anatomy, lengths = self.anatomy, getattr(self.preprocess, "lengths", None)
         if lengths is None or not anatomy.n_tokens_follow_length:
             size = max(1, self.max_tokens // anatomy.n_tokens) if anatomy.pads else 1
-            buckets = length_buckets(np.ones(len(inputs), dtype=np.int64), batch_size=size)
-        else:
-            # A sound's length is counted in samples, of which many make a row.
-            max_length = max(1, round(self.max_tokens * self.longest_sample / anatomy.n_tokens))
-            same = length_buckets if anatomy.pads else equal_lengths
-            buckets = same(lengths(inputs), batch_size=256, max_tokens=max_length)
-        for index in buckets:
-            chosen = _chosen(inputs, index)
-            tensors = self.preprocess(chosen)
-            self._check_size(tensors)
-            keys = tuple(_content_key(item) for item in chosen)
-            labels = None if targets is None else torch.from_numpy(targets[index]).to(self.device)
-            yield Batch(index, keys, _on(self.device, tensors), labels)
+            return length_buckets(np.ones(len(inputs), dtype=np.int64), batch_size=size)
+        # A sound's length is counted in samples, of which many make a row.
+        max_length = max(1, round(self.max_tokens * self.longest_sample / anatomy.n_tokens))
+        same = length_buckets if anatomy.pads else equal_lengths
+        return same(lengths(inputs), batch_size=256, max_tokens=max_length)
+
+    def batch(
+        self, inputs: Inputs, index: Int[np.ndarray, "chosen"], targets: Int[np.ndarray, "example"] | None = None
+    ) -> Batch:
+        """Return the inputs at these positions as one batch; `targets` are the classes of all inputs."""
+        chosen = _chosen(inputs, index)
+        tensors = self.preprocess(chosen)
+        self._check_size(tensors)
+        keys = tuple(_content_key(item) for item in chosen)
+        labels = None if targets is None else torch.from_numpy(targets[index]).to(self.device)
+        return Batch(index, keys, _on(self.device, tensors), labels)
 
     def _check_size(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse inputs that vary in size where the samples did not: whether they may share a batch was not tried."""

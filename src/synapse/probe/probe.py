@@ -1,18 +1,16 @@
 """Linear probes: one classifier a layer on recorded activations, which never touches the model."""
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from threadpoolctl import threadpool_limits
 
 from synapse.data.examples import sample_examples
 from synapse.errors import ConvergenceError, DataError, SettingsError
+from synapse.execute import Executor, ThreadExecutor
 from synapse.probe.solver import TOLERANCE, Solution, check_penalty, solve, solve_path
 from synapse.types import Activations
 
@@ -103,6 +101,7 @@ def fit_probes(
     target: Target = "gold",
     solver: str = "newton",
     device: str = "cpu",
+    executor: Executor | None = None,
 ) -> Probes:
     """Return a certified elastic-net probe for every layer.
 
@@ -113,7 +112,7 @@ def fit_probes(
     one standard error of the best (Hastie, Tibshirani & Friedman, The Elements of Statistical Learning, section 7.10).
 
     With `class_weight` "balanced" all classes weigh the same, in the fit and in the choice. `solver` and `device` are
-    those of `synapse.probe.solver.solve`.
+    those of `synapse.probe.solver.solve`. `executor` fits the layers, by default on threads.
 
     Raises:
         ConvergenceError: a probe's certificate is above the tolerance.
@@ -124,11 +123,15 @@ def fit_probes(
     fit.check()
     parts = _held_out(fit.targets, holdout, folds, seed) if len(set(penalties)) > 1 else []
 
-    # The products are small: one thread a layer beats many threads a product, most of all on a busy machine.
-    workers = max(1, min(activations.n_layers, os.cpu_count() or 1))
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        probes = tuple(pool.map(partial(fit.of_layer, parts=parts), range(activations.n_layers)))
+    outcomes = (executor or ThreadExecutor()).results(_probe_of_layer, range(activations.n_layers), shared=(fit, parts))
+    found = {done.position: done.result for done in outcomes}
+    probes = tuple(found[layer] for layer in range(activations.n_layers))
     return Probes(probes, activations.labels, activations.source, target)
+
+
+def _probe_of_layer(shared: tuple["_Fit", Sequence[Int[np.ndarray, "sample"]]], layer: int) -> Probe:
+    fit, parts = shared
+    return fit.of_layer(layer, parts)
 
 
 def fit_joint_probes(

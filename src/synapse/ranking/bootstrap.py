@@ -11,20 +11,18 @@ many ranks.
 - Draws share examples, so that even units that are all noise agree by more than 0: see `agreement_of_noise`.
 """
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import repeat
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
-from threadpoolctl import threadpool_limits
 
 from synapse.errors import ConvergenceError, DataError, SettingsError
+from synapse.execute import Executor, ThreadExecutor
 from synapse.measure.agreement import TOP_SHARE, kuncheva, nogueira
 from synapse.measure.intervals import ALPHA
 from synapse.probe.probe import Probe, Probes, probe_targets
@@ -146,6 +144,7 @@ def rank_stability(
     draws: int = 100,
     size: int | float = TOP_SHARE,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> RankStability:
     """Return the ranks of every unit in the rankings of `draws` draws of the examples, with replacement.
@@ -153,6 +152,7 @@ def rank_stability(
     Where the method reads probes, those of every draw are fitted at the penalties of `probes`, from which they start;
     the columns keep the scale that they have on all examples, and all examples weigh alike. `size` is how many units of
     a layer, or which share of them, count as the top. The same seed draws the same examples, whatever the layers.
+    `executor` fits the probes of the draws, by default on threads.
 
     A draw holds copies: a method that holds examples out meets some that it was fitted to.
 
@@ -178,7 +178,9 @@ def rank_stability(
     assert isinstance(chosen, RankingMethod)  # an unknown name is refused by now
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
     reads_probes = "probes" in _needs(chosen)
-    drawn_probes = _refits(activations, probes, counts) if probes is not None and reads_probes else repeat(None)
+    drawn_probes: Iterable[Probes | None] = repeat(None)
+    if probes is not None and reads_probes:
+        drawn_probes = _refits(activations, probes, counts, executor or ThreadExecutor())
     ranks = np.empty((draws, *ranking.scores.shape), dtype=np.int32)
     by_score = np.empty(ranks.shape[:3], dtype=np.int32)
     for draw, refitted in zip(range(draws), drawn_probes, strict=False):
@@ -229,34 +231,49 @@ def _ranks(
 # -------------------------------------------------------------------------------------------------- probes of the draws
 
 
-def _refits(activations: Activations, probes: Probes, counts: Int[np.ndarray, "draw example"]) -> Iterator[Probes]:
-    """Yield the probes of every draw, fitted for many draws and all layers together."""
+@dataclass(frozen=True, eq=False)
+class _Refits:
+    """What the refits share: `together` draws are fitted at a time, which share a model of the objective."""
+
+    activations: Activations
+    targets: Int[np.ndarray, "example"]
+    counts: Int[np.ndarray, "draw example"]
+    probes: Probes
+    together: int
+
+
+def _refits(
+    activations: Activations, probes: Probes, counts: Int[np.ndarray, "draw example"], executor: Executor
+) -> Iterator[Probes]:
+    """Yield the probes of every draw, fitted for many draws of a layer together."""
     if probes.joint:
         raise SettingsError("A joint probe cannot be fitted again layer by layer: give the probes of `fit_probes`.")
     if probes.source != activations.source or len(probes) != activations.n_layers:
         raise DataError("The probes were fitted on other activations: give those that `fit_probes` fitted on these.")
-    targets = probe_targets(activations, probes.target)
     together = max(1, _WEIGHTS_AT_ONCE // (activations.n_layers * probes[0].weights.size))
-    workers = max(1, min(activations.n_layers, os.cpu_count() or 1))
+    shared = _Refits(activations, probe_targets(activations, probes.target), counts, probes, together)
     for first in range(0, len(counts), together):
-        fit = partial(_refits_of_layer, activations, targets, counts[first : first + together])
-        # As in the first fit: one thread a layer.
-        with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-            by_layer = list(pool.map(fit, probes.probes))
-        for layers in zip(*by_layer, strict=True):
+        items = [(first, layer) for layer in range(activations.n_layers)]
+        outcomes = executor.results(_refits_of_layer, items, shared=shared)
+        by_layer = {items[done.position][1]: done.result for done in outcomes}
+        for layers in zip(*(by_layer[layer] for _, layer in items), strict=True):
             yield replace(probes, probes=layers)
 
 
-def _refits_of_layer(
-    activations: Activations, targets: Int[np.ndarray, "example"], counts: Int[np.ndarray, "draw example"], probe: Probe
-) -> list[Probe]:
-    """Return the probe of one layer in each of some draws."""
+def _refits_of_layer(shared: _Refits, item: tuple[int, int]) -> list[Probe]:
+    """Return the probe of one layer in each of some draws, given the first of them and the layer."""
+    first, layer = item
+    activations, probe, counts = (
+        shared.activations,
+        shared.probes[layer],
+        shared.counts[first : first + shared.together],
+    )
     x = activations.values[probe.layer].astype(np.float64)
     z = np.where(np.ptp(x, axis=0) > 0, (x - probe.mean) / probe.scale, 0.0)
     fitted = Solution(probe.weights, probe.intercept, np.nan, probe.gradient_norm, probe.gap, 0, probe.converged)
     found = solve_resamples(
         z,
-        targets,
+        shared.targets,
         counts,
         n_labels=len(activations.labels),
         penalty=probe.penalty,

@@ -6,21 +6,24 @@ from pathlib import Path
 import numpy as np
 
 from synapse.data.examples import Examples
-from synapse.errors import ResourceError, SettingsError, near
+from synapse.errors import SettingsError, near
+from synapse.execute import Executor, for_models
 from synapse.model.classifier import Classifier
+from synapse.model.replica import Replica
 from synapse.moments import Moments
-from synapse.recording.folder import DTYPES, Draft, Layout, Recording, in_words
-from synapse.recording.passes import Wanted, run_window
+from synapse.recording.folder import DTYPES, Layout, Recording, in_words
+from synapse.recording.passes import Wanted
 from synapse.recording.shelf import Shelf, default_shelf, depends_on, key_of
 from synapse.recording.untrained import untrained
+from synapse.recording.windows import Counted, Recorder, record_window
 from synapse.types import Activations, Component, Progress, silent
 
 __all__ = [
     "Recording",
     "Shelf",
-    "bytes_on_disk",
     "default_shelf",
     "in_words",
+    "layout_of",
     "record",
     "record_components",
     "record_untrained",
@@ -36,6 +39,7 @@ def record(
     dtype: str = "float32",
     depth: int | None = None,
     logits: bool = True,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> Activations:
     """Return the readout states of a component in all layers, the logits and the features of every example.
@@ -49,7 +53,8 @@ def record(
     already is not made again: it is found by the weights, the preprocessed inputs, the labels and the options.
 
     `depth` is the number of layers to record, from the first on. Without `logits`, a forward pass ends where the last
-    state that is wanted has been seen.
+    state that is wanted has been seen. `executor` runs the windows, by default in this process; where its workers are
+    on other machines, they write to `keep`, which must be a folder that all of them share.
 
     Raises:
         LabelError: the examples' labels are not those of the classifier.
@@ -59,7 +64,15 @@ def record(
         ResourceError: memory or the disk does not suffice.
     """
     found = record_components(
-        classifier, examples, [component], keep=keep, dtype=dtype, depth=depth, logits=logits, progress=progress
+        classifier,
+        examples,
+        [component],
+        keep=keep,
+        dtype=dtype,
+        depth=depth,
+        logits=logits,
+        executor=executor,
+        progress=progress,
     )
     return found[component]
 
@@ -73,6 +86,7 @@ def record_components(
     dtype: str = "float32",
     depth: int | None = None,
     logits: bool = True,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> Mapping[Component, Activations]:
     """Return the activations of several components from one pass over the examples; otherwise as `record`."""
@@ -85,16 +99,17 @@ def record_components(
     wanted = Wanted(tuple(dict.fromkeys(components)), depth or classifier.n_layers, logits)
     targets = examples.targets(classifier.labels)
     layout = _layout(classifier, len(examples), wanted, dtype)
+    recorder = Recorder(Replica(classifier), examples, targets, wanted, layout, Counted(progress, layout))
     if keep is None:
-        return _in_memory(classifier, examples, targets, wanted, layout, progress)
-    recording = _kept(classifier, examples, targets, wanted, layout, Shelf(Path(keep)), progress)
+        return _in_memory(recorder, for_models(executor))
+    recording = _kept(recorder, Shelf(Path(keep)), for_models(executor))
     several = _reads_several_rows(classifier)
     return {name: recording.activations(name, reads_several_rows=several) for name in wanted.components}
 
 
-def bytes_on_disk(classifier: Classifier, n_examples: int, components: Sequence[Component]) -> int:
-    """Return how many bytes a recording of so many examples takes, kept in float32."""
-    return _layout(classifier, n_examples, Wanted(tuple(components), classifier.n_layers, True), "float32").n_bytes
+def layout_of(classifier: Classifier, n_examples: int, components: Sequence[Component]) -> Layout:
+    """Return what a recording of so many examples is made of, kept in float32: its windows and its bytes on disk."""
+    return _layout(classifier, n_examples, Wanted(tuple(components), classifier.n_layers, True), "float32")
 
 
 def record_untrained(
@@ -127,46 +142,39 @@ def _layout(classifier: Classifier, n_examples: int, wanted: Wanted, dtype: str)
     return Layout(n_examples, classifier.labels, sizes, wanted.n_features(classifier), wanted.logits, dtype)
 
 
-def _in_memory(
-    classifier: Classifier,
-    examples: Examples,
-    targets: np.ndarray,
-    wanted: Wanted,
-    layout: Layout,
-    progress: Progress,
-) -> Mapping[Component, Activations]:
+def _in_memory(recorder: Recorder, executor: Executor) -> Mapping[Component, Activations]:
     """Record into arrays."""
+    classifier, layout, wanted = recorder.replica.classifier, recorder.layout, recorder.wanted
     n = layout.n_examples
     values = {name: np.empty((depth, n, width), np.float32) for name, (depth, width) in layout.components.items()}
     logits = np.empty((n, len(layout.labels)), np.float32) if layout.has_logits else None
     features = None if layout.n_features is None else np.empty((n, layout.n_features), np.float32)
-    moments = {name: Moments.none(*shape) for name, shape in layout.moments.items()}
-    counted = _Counted(progress, n)
-    for window in range(layout.n_windows):
-        span = layout.span(window)
-        positions = np.arange(span.start, span.stop)
-        found = run_window(
-            classifier, examples.take(positions), targets[span], wanted, first=span.start, progress=counted.add
-        )
+    moments: dict[int, Mapping[str, Moments]] = {}
+    for done in executor.results(record_window, range(layout.n_windows), shared=recorder):
+        span, found = layout.span(done.position), done.result
+        assert found is not None
         for name in wanted.components:
             values[name][:, span] = found.values[name]
-            moments[f"{name}/rows"] = moments[f"{name}/rows"].merged(found.rows[name])
-            moments[f"{name}/classes"] = moments[f"{name}/classes"].merged(found.classes[name])
         if logits is not None:
             logits[span] = found.logits
         if features is not None:
             features[span] = found.features
+        moments[done.position] = found.moments
+        recorder.counted.through(done.position)
+    merged = {name: Moments.none(*shape) for name, shape in layout.moments.items()}
+    for window in sorted(moments):  # in their order, whichever came in first
+        merged = {name: whole.merged(moments[window][name]) for name, whole in merged.items()}
     return {
         name: Activations(
             values=values[name],
             logits=logits,
             features=features,
-            targets=targets,
+            targets=recorder.targets,
             labels=classifier.labels,
-            row_mean=moments[f"{name}/rows"].mean.astype(np.float32),
-            row_deviation=moments[f"{name}/rows"].deviation.astype(np.float32),
-            class_moments=moments[f"{name}/classes"],
-            source=examples.fingerprint,
+            row_mean=merged[f"{name}/rows"].mean.astype(np.float32),
+            row_deviation=merged[f"{name}/rows"].deviation.astype(np.float32),
+            class_moments=merged[f"{name}/classes"],
+            source=recorder.examples.fingerprint,
             component=name,
             reads_several_rows=_reads_several_rows(classifier),
         )
@@ -174,66 +182,29 @@ def _in_memory(
     }
 
 
-def _kept(
-    classifier: Classifier,
-    examples: Examples,
-    targets: np.ndarray,
-    wanted: Wanted,
-    layout: Layout,
-    shelf: Shelf,
-    progress: Progress,
-) -> Recording:
+def _kept(recorder: Recorder, shelf: Shelf, executor: Executor) -> Recording:
     """Return the recording from the shelf, made now as far as it is not there."""
-    dependencies = depends_on(classifier, examples, targets, wanted, layout)
+    examples, targets, layout = recorder.examples, recorder.targets, recorder.layout
+    dependencies = depends_on(recorder.replica.classifier, examples, targets, recorder.wanted, layout)
     key = key_of(dependencies)
     with shelf.recording(key):
         found = shelf.find(key)
         if found is not None:
-            progress(len(examples), len(examples))
+            recorder.counted.all_through()
             return found
         draft = shelf.draft(key, layout, dependencies, targets)
         if not draft.is_sealed:
-            counted = _Counted(progress, len(examples))
+            left = []
             for window in range(layout.n_windows):
-                _write_window(classifier, examples, targets, wanted, draft, window, counted)
+                if draft.is_done(window):
+                    recorder.counted.through(window)
+                else:
+                    left.append(window)
+            for done in executor.results(record_window, left, shared=recorder.into(draft)):
+                recorder.counted.through(left[done.position])
             draft.seal()
         return draft.moved(shelf.folder / key)
 
 
-def _write_window(
-    classifier: Classifier,
-    examples: Examples,
-    targets: np.ndarray,
-    wanted: Wanted,
-    draft: Draft,
-    window: int,
-    counted: "_Counted",
-) -> None:
-    span = draft.layout.span(window)
-    if draft.is_done(window):
-        counted.add(span.stop - span.start)
-        return
-    some = examples.take(np.arange(span.start, span.stop))
-    found = run_window(classifier, some, targets[span], wanted, first=span.start, progress=counted.add)
-    try:
-        draft.write(window, found)
-    except OSError as error:
-        raise ResourceError(
-            f"The recording cannot be written on to {str(draft.folder.parent)!r} ({error.strerror or error}); what was "
-            "written stays, and the next call goes on from there."
-        ) from error
-
-
 def _reads_several_rows(classifier: Classifier) -> bool:
     return classifier.anatomy.readout not in ("first", "last")
-
-
-class _Counted:
-    """Counts the examples that are through."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add(self, examples: int) -> None:
-        self.done += examples
-        self.progress(self.done, self.total)

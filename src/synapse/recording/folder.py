@@ -34,14 +34,14 @@ from synapse.types import Activations, Component
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format, and of what the recording code works out: another one is another recording."""
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Types in which states are stored, and their bytes."""
 
 _WINDOW_BYTES = 32 * 2**20
-_FEWEST, _MOST = 64, 4096
+_FEWEST, _MOST = 64, 1024
 """Examples in a window: at least, at most."""
 
 _SPARE_BYTES = 64 * 2**20

@@ -50,6 +50,12 @@ class Window:
     rows: Mapping[Component, Moments]
     classes: Mapping[Component, Moments]
 
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """The moments by their names in a layout."""
+        named = {f"{name}/rows": moments for name, moments in self.rows.items()}
+        return named | {f"{name}/classes": moments for name, moments in self.classes.items()}
+
 
 def run_window(
     classifier: Classifier,

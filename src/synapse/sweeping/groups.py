@@ -40,6 +40,12 @@ AGREEMENT_SETS = 4
 FEWEST_ROWS = 1024
 """Rows that a forward pass of runs may have at least: with fewer, matrix products do not reach their full speed."""
 
+Level = Reuse | Literal["plain"]
+"""What runs take over of a clean pass; `plain` where nothing could be trusted."""
+
+LEVELS: tuple[Level, ...] = ("rows", "prefix", "none", "plain")
+"""From the most to nothing."""
+
 Results = Iterator[tuple[Int[np.ndarray, "pair"], Int[np.ndarray, "pair"], Float[np.ndarray, "pair label"]]]
 """Pairs of a run and an example of the batch, with their logits, a chunk at a time."""
 
@@ -82,7 +88,7 @@ class Group:
     seed: int
     size: PassSize
     turn: int
-    reuse: Reuse | Literal["plain"] | None = None
+    reuse: Level | None = None
     reason: str = ""
 
     @property
@@ -114,7 +120,7 @@ class Group:
                 self.prove(classifier, clean, ("prefix", "none"), f"rows: {_named(error)}")
                 yield from self.results(classifier, clean, _later(asked, run, example, start))
                 return
-            yield self.rows[run[chunk]], example[chunk], logits
+            yield run[chunk], example[chunk], logits
             start = chunk.stop
 
     def interventions(self, run: int) -> dict[int, Intervention]:
@@ -163,7 +169,7 @@ class Group:
         for one in np.unique(run).tolist():
             mine = example[run == one]
             its_own = batch.take(torch.from_numpy(mine).to(classifier.device))
-            yield np.full(len(mine), self.rows[one]), mine, plain_logits(classifier, its_own, self.interventions(one))
+            yield np.full(len(mine), one), mine, plain_logits(classifier, its_own, self.interventions(one))
 
     def sample(self, classifier: Classifier, clean: CleanPass) -> Float[np.ndarray, "pair label"]:
         """Return the logits of runs with a few sets on all examples of a clean pass, as the sweep runs them."""

@@ -6,6 +6,7 @@ same examples are one *run*.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -107,10 +108,19 @@ class Cell:
 
     def runs(self, n_examples: int) -> Bool[np.ndarray, "example"]:
         """Return which examples the cell runs on."""
-        if self.share is None:
-            return np.ones(n_examples, dtype=bool)
-        turn, sets, per_example = self.share
-        return (np.arange(n_examples) + turn) % sets < per_example
+        return _taking_turns(self.share, n_examples)
+
+
+@lru_cache(maxsize=64)  # many cells have the same, and there may be a million examples
+def _taking_turns(share: tuple[int, int, int] | None, n_examples: int) -> Bool[np.ndarray, "example"]:
+    """Return which examples a cell with this share runs on; not to be written to."""
+    if share is None:
+        runs = np.ones(n_examples, dtype=bool)
+    else:
+        turn, sets, per_example = share
+        runs = (np.arange(n_examples) + turn) % sets < per_example
+    runs.flags.writeable = False
+    return runs
 
 
 def plan(ranking: Ranking, grid: Grid, *, rivals: Sequence[Ranking] = (), seed: int = 0) -> list[Cell]:
@@ -203,11 +213,15 @@ _KEYS_AND_VALUES = 0.2
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs: runs of an example under a cell, and the work in all, in blocks that run one example."""
+    """What a plan costs: runs of an example under a cell, and the work in all, in blocks that run one example.
+
+    `places` are those where runs begin: what a sweep does at one of them on one batch is an item of an executor.
+    """
 
     cells: int
     runs: int
     block_passes: int
+    places: int
 
 
 @dataclass(frozen=True)
@@ -267,7 +281,8 @@ def cost_of(cells: Sequence[Cell], n_examples: int, reach: Reach) -> Cost:
     runs = merged_runs(cells, n_examples, reach)
     total = sum(int(run.examples.sum()) for run in runs)
     blocks = sum(int(run.examples.sum()) * reach.blocks_run(run.layer, run.scope) for run in runs)
-    return Cost(len(cells), total, round(blocks) + n_examples * reach.n_blocks)
+    places = {(run.layer, run.scope) for run in runs}
+    return Cost(len(cells), total, round(blocks) + n_examples * reach.n_blocks, len(places))
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,10 +4,7 @@ Runs whose first edits are at one place share forward passes and take over what 
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,16 +14,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from synapse.data.examples import Examples
-from synapse.errors import ResourceError, SettingsError, SplitError, near
+from synapse.errors import SettingsError, SplitError, near
+from synapse.execute import Executor, for_models
 from synapse.measure.sequential import AnytimeChange
-from synapse.model.classifier import LESS_MEMORY, Batch, Classifier, hash_tensors, in_halves
-from synapse.model.resume import CleanPass, clean_pass
+from synapse.model.classifier import Classifier, hash_tensors
+from synapse.model.replica import Replica
 from synapse.perturb.base import check_neurons
 from synapse.ranking.base import Ranking
-from synapse.sweeping.groups import PROOF_EXAMPLES, Group, grouped, refuse_infinite, refuse_unproved
+from synapse.sweeping.groups import LEVELS, Group, grouped, refuse_unproved
+from synapse.sweeping.items import AUTOCAST, Found, Item, Passes, Sweeping, run_item
 from synapse.sweeping.plan import FRACTIONS, Cell, Grid, Reach, Run, cells_frame, merged_runs, plan
 from synapse.sweeping.results import CLEAN, SweepResults, identity_of
-from synapse.types import Activations, Agreement, Component, Progress, Sweep, silent
+from synapse.types import Activations, Progress, Sweep, silent
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +34,6 @@ ENGINES: dict[str, str] = {
     "exact": "the same, and an error where nothing can be taken over",
     "plain": "the whole model under hooks for every cell",
 }
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Reduced precisions, by name."""
 
 WAVE = 64
 """Examples after which a sweep with a precision looks which cells may stop."""
@@ -55,6 +51,7 @@ def sweep(
     precision: float | None = None,
     autocast: str | None = None,
     keep: Path | str | None = None,
+    executor: Executor | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Sweep:
@@ -72,7 +69,8 @@ def sweep(
     change of accuracy over these examples has at most that half-width (see `synapse.measure.sequential`); the logits of
     the examples that it was spared are NaN. `autocast` (`bf16`, `fp16`) runs the model in reduced precision, and
     `Sweep.agreement` says how that compares with float32. `keep` is a folder that holds what is done, each sweep in a
-    folder of its own there: the same call goes on after it was killed, and ends with the same logits.
+    folder of its own there: the same call goes on after it was killed, and ends with the same logits. `executor` runs
+    the pieces, each the runs of one site on one batch: by default this process, one after the other.
 
     Raises:
         SplitError: the examples are those that the ranking was made from.
@@ -81,12 +79,14 @@ def sweep(
         ResourceError: memory does not suffice for a single run.
     """
     _check(examples, ranking, reference, engine, autocast)
+    executor = for_models(executor)
     planned = list(plan(ranking, Grid(fractions=tuple(fractions)), seed=seed) if cells is None else cells)
     _check_cells(planned, ranking, classifier)
     targets = examples.targets(classifier.labels)
     runs = merged_runs(planned, len(examples), Reach.of(classifier, ranking.component))
     groups = grouped(runs, reference, classifier, seed=seed, plain=engine == "plain")
-    passes = _Passes(classifier, ranking.component if engine != "plain" else None, autocast)
+    reuse = ranking.component if engine != "plain" else None
+    shared = Sweeping(Replica(classifier), examples, targets, groups, reuse, autocast, classifier.device.type)
     stopping = None if precision is None else _Stopping(runs, targets, precision)
     sizes = (len(planned), len(examples), len(classifier.labels), len(groups))
     if keep is None:
@@ -96,28 +96,30 @@ def sweep(
         identity = _identity(classifier, examples, reference, runs, options)
         results = SweepResults.in_folder(Path(keep) / identity[:16], identity, *sizes)
     waves = [np.arange(len(examples))] if precision is None else _waves(len(examples), seed)
-    cell = np.array([run.cells[0] for run in runs], dtype=np.int64)
+    collected = _Collected(groups, runs, results, progress)
     going_on = np.ones(len(runs), dtype=bool)
-    reported = _Reported(progress, sum(int(run.examples.sum()) for run in runs))
     agreement = None
-    with classifier.studied():
-        for wave in waves:
-            for batch in _batches(classifier, examples, targets, wave):
-                if engine != "plain" and groups and groups[0].reuse is None:
-                    agreement = passes.prove(groups, batch)
-                if engine == "exact":
-                    refuse_unproved(groups)
-                _run_batch(passes, groups, batch, results, cell, going_on, reported)
-            if stopping is not None:
-                going_on = stopping.after(wave, results)
+    for wave in waves:
+        batches = [wave[index] for index in classifier.buckets(examples.take(wave).inputs)]
+        if engine != "plain" and groups and groups[0].reuse is None and batches:
+            with classifier.studied():
+                first = classifier.batch(examples.inputs, batches[0], targets)
+                agreement = Passes(classifier, reuse, autocast).prove(groups, first)
+        if engine == "exact":
+            refuse_unproved(groups)
+        items = collected.items_left(batches, going_on)
+        for done in executor.results(run_item, items, shared=shared):
+            collected.add(items[done.position], done.result)
+        if stopping is not None:
+            going_on = stopping.after(wave, results)
     return Sweep(
         cells_frame(planned, len(classifier.sites(ranking.component))),
         _by_cell(results, runs),
         np.array(results.clean_logits),
         targets,
         classifier.labels,
-        {group.name: str(group.reuse) for group in groups},
-        {group.name: group.reason for group in groups if group.reason},
+        {group.name: str(how) for group, how in zip(groups, collected.reuse, strict=True)},
+        {group.name: why for group, why in zip(groups, collected.reasons, strict=True) if why},
         agreement,
         None if stopping is None else stopping.intervals(runs, len(planned)),
     )
@@ -178,18 +180,6 @@ def _waves(n_examples: int, seed: int) -> list[Int[np.ndarray, "wave"]]:
     return [order[start : start + WAVE] for start in range(0, n_examples, WAVE)]
 
 
-def _batches(
-    classifier: Classifier,
-    examples: Examples,
-    targets: Int[np.ndarray, "example"],
-    index: Int[np.ndarray, "chosen"],
-) -> Iterator[Batch]:
-    """Yield batches of the chosen examples; their `index` counts among all of them."""
-    chosen = examples.take(index)
-    for batch in classifier.batches(chosen.inputs, targets[index]):
-        yield Batch(index[batch.index], batch.keys, batch.inputs, batch.labels)
-
-
 def _identity(
     classifier: Classifier, examples: Examples, reference: Activations, runs: Sequence[Run], options: tuple[object, ...]
 ) -> str:
@@ -221,35 +211,66 @@ def _hash_of(reference: Activations) -> str:
     return identity_of({"layers": layers, "others": hash_tensors(whole)})
 
 
-def _run_batch(
-    passes: "_Passes",
-    groups: Sequence[Group],
-    batch: Batch,
-    results: SweepResults,
-    cell: Int[np.ndarray, "run"],
-    going_on: Bool[np.ndarray, "run"],
-    reported: "_Reported",
-) -> None:
-    """Run all groups on one batch, as far as that was not done before; `cell` is the first one of every run."""
-    left = [position for position in range(len(groups)) if not results.is_done(batch.index, position)]
-    done = [group for position, group in enumerate(groups) if position not in left]
-    reported.add(sum(int((group.asked(batch.index) & going_on[group.rows, None]).sum()) for group in done))
-    if not left and results.is_done(batch.index, CLEAN):
-        return
-    with passes.precision():
-        for part, clean, is_last in passes.clean(batch):
-            results.clean_logits[part.index] = clean.logits.float().cpu().numpy()
-            if is_last:
-                results.finish(batch.index, CLEAN)
-            for position in left:
-                group = groups[position]
-                asked = group.asked(part.index) & going_on[group.rows, None]
-                for run, example, logits in group.results(passes.classifier, clean, asked):
-                    refuse_infinite(group, logits, part.index[example])
-                    results.logits[cell[run], part.index[example]] = logits
-                    reported.add(len(run))
-                if is_last:
-                    results.finish(batch.index, position)
+class _Collected:
+    """What has come in of a sweep: logits, what each group took over in the worst case, and how far it is."""
+
+    def __init__(self, groups: Sequence[Group], runs: Sequence[Run], results: SweepResults, progress: Progress) -> None:
+        self.groups, self.results, self.progress = groups, results, progress
+        self.cell = np.array([run.cells[0] for run in runs], dtype=np.int64)
+        self.learned: dict[int, Found] = {}
+        self.done, self.total = 0, sum(int(run.examples.sum()) for run in runs)
+
+    def items_left(self, batches: Sequence[np.ndarray], going_on: Bool[np.ndarray, "run"]) -> list[Item]:
+        """Return what is to be run of these batches, without what was done before."""
+        items, known = [], 0
+        for batch in batches:
+            examples = tuple(batch.tolist())
+            left = [position for position in range(len(self.groups)) if not self.results.is_done(batch, position)]
+            for position, group in enumerate(self.groups):
+                mine = going_on[group.rows]
+                if position in left:
+                    items.append(Item(examples, position, None if mine.all() else tuple(np.flatnonzero(mine).tolist())))
+                else:
+                    known += int((group.asked(batch) & mine[:, None]).sum())
+            if not left and not self.results.is_done(batch, CLEAN):
+                items.append(Item(examples, None))
+        self._report(known)
+        return items
+
+    def add(self, item: Item, found: Found) -> None:
+        """Put away what an item gave."""
+        examples = np.array(item.examples)
+        if not self.results.is_done(examples, CLEAN):
+            self.results.clean_logits[examples] = found.clean_logits
+            self.results.finish(examples, CLEAN)
+        if item.group is None or found.logits is None:
+            return
+        group = self.groups[item.group]
+        self.results.logits[np.ix_(self.cell[group.rows], examples)] = found.logits
+        self.results.finish(examples, item.group)
+        if found.reuse != group.reuse:
+            known = self.learned.setdefault(item.group, found)
+            self.learned[item.group] = max(known, found, key=_how_little)
+        self._report(int(np.isfinite(found.logits[:, :, 0]).sum()))
+
+    @property
+    def reuse(self) -> list[str | None]:
+        """What each group took over, on the batch where that was least."""
+        return [(self.learned.get(position, group)).reuse for position, group in enumerate(self.groups)]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why that was no more."""
+        return [(self.learned.get(position, group)).reason for position, group in enumerate(self.groups)]
+
+    def _report(self, runs: int) -> None:
+        if runs:
+            self.done += runs
+            self.progress(self.done, self.total)
+
+
+def _how_little(found: Found) -> int:
+    return LEVELS.index(found.reuse) if found.reuse is not None else -1
 
 
 def _by_cell(results: SweepResults, runs: Sequence[Run]) -> Float[np.ndarray, "cell example label"]:
@@ -261,51 +282,6 @@ def _by_cell(results: SweepResults, runs: Sequence[Run]) -> Float[np.ndarray, "c
     logits = results.logits.view()
     logits.flags.writeable = False  # it may be the file from which the sweep would go on
     return logits
-
-
-@dataclass(frozen=True, eq=False)
-class _Passes:
-    """How a sweep runs the model: what it keeps of clean passes, and in which precision."""
-
-    classifier: Classifier
-    reuse: Component | None
-    autocast: str | None
-
-    def precision(self) -> AbstractContextManager[None]:
-        """Return a context in which the model runs in the precision asked for."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.classifier.device.type, AUTOCAST[self.autocast])
-
-    def clean(self, batch: Batch) -> Iterator[tuple[Batch, CleanPass, bool]]:
-        """Yield the clean pass of a batch, and whether it is the last: in halves if memory runs out."""
-        return in_halves(batch, partial(clean_pass, self.classifier, reuse=self.reuse))
-
-    def prove(self, groups: Sequence[Group], batch: Batch) -> Agreement | None:
-        """Let every group choose what it takes over, on a few examples in full precision.
-
-        Return how reduced precision compares with it on the same runs, where it was asked for.
-        """
-        # The first and the last of the batch differ most in length: the one has no padding, the other has most.
-        few = np.unique(np.linspace(0, len(batch.index) - 1, PROOF_EXAMPLES).astype(int))
-        try:
-            batch = batch.take(torch.from_numpy(few).to(self.classifier.device))
-            clean = clean_pass(self.classifier, batch, reuse=self.reuse)
-            for group in groups:
-                group.prove(self.classifier, clean)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if len(few) == 1:
-                raise ResourceError(f"Memory ran out with a single example; {LESS_MEMORY}.") from error
-            return self.prove(groups, batch.take(torch.arange(len(few) // 2, device=self.classifier.device)))
-        if self.autocast is None:
-            return None
-        full = [group.sample(self.classifier, clean) for group in groups]
-        with self.precision():
-            clean = clean_pass(self.classifier, batch, reuse=self.reuse)
-            reduced = [group.sample(self.classifier, clean) for group in groups]
-        exact, coarse = np.concatenate(full), np.concatenate(reduced)
-        same = float((exact.argmax(axis=1) == coarse.argmax(axis=1)).mean())
-        return Agreement(self.autocast, same, float(np.abs(exact - coarse).max()), len(exact))
 
 
 class _Stopping:
@@ -336,15 +312,3 @@ class _Stopping:
         for row, run in enumerate(runs):
             by_cell[list(run.cells)] = -ends[row, ::-1]  # what was lost is counted positive there
         return by_cell
-
-
-class _Reported:
-    """Counts the runs that are through."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add(self, runs: int) -> None:
-        if runs:
-            self.done += runs
-            self.progress(self.done, self.total)
