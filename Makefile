@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 # After installation nothing is looked up on the network.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-oldest test-cluster check architectures figures bench-peers bench-sweep bench-probe bench-record bench-attack clean
+.PHONY: demo test test-oldest test-cluster check architectures figures bench-peers bench-sweep bench-probe bench-record bench-attack bench-scale clean
 
 demo: $(STAMP)
 	$(BIN)/synapse demo --out runs/demo
@@ -57,6 +57,9 @@ bench-record: $(PEERS)/installed
 
 bench-attack: $(PEERS)/installed
 	$(PEERS)/bin/python benchmarks/attack.py --json runs/bench-attack.json --markdown docs/benchmarks.md
+
+bench-scale: $(PEERS)/installed
+	$(PEERS)/bin/python benchmarks/scale.py --json runs/bench-scale.json --markdown docs/benchmarks.md
 
 $(PEERS)/installed: pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-alone.txt
 	$(PYTHON) -m venv $(PEERS)

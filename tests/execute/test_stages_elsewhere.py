@@ -1,5 +1,7 @@
 """The stages give bitwise the same wherever their items are run, and in whatever order these come in."""
 
+import errno
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,13 +11,14 @@ from planted import random_classifier, random_examples
 import synapse.recording.folder
 from synapse.demo.domains import domains
 from synapse.demo.study import load_domain
-from synapse.errors import ModelError, SettingsError
+from synapse.errors import ModelError, ResourceError, SettingsError
 from synapse.execute import Failed, SerialExecutor, ThreadExecutor
 from synapse.model.replica import Replica
 from synapse.probe.probe import fit_probes
 from synapse.ranking import rank
 from synapse.ranking.bootstrap import rank_stability
 from synapse.recording import record
+from synapse.recording.folder import Draft
 from synapse.settings import make_settings
 from synapse.study import run_study
 from synapse.sweeping import KINDS, Grid, plan, sweep
@@ -153,6 +156,29 @@ def test_where_an_item_is_lost_the_rest_is_kept_and_the_next_call_runs_it_alone(
     (before, _), (through, total) = done[-2:]
     assert 0 < before < through == total  # what was there counts at once, and one item was left
     np.testing.assert_array_equal(found.logits, sweep(classifier, test, ranking, **given).logits)
+
+
+def test_a_disk_that_is_full_loses_nothing_that_was_written(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(synapse.recording.folder, "_WINDOW_BYTES", 1)
+    monkeypatch.setattr(synapse.recording.folder, "_MOST", 8)
+    monkeypatch.setattr(synapse.recording.folder, "_FEWEST", 8)
+    classifier, train, _ = loaded
+    write, written = Draft.write, []
+
+    def full_at_the_third(draft, window, found):
+        if window == 2 and len(written) < 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(window)
+        write(draft, window, found)
+
+    monkeypatch.setattr(Draft, "write", full_at_the_third)
+    with pytest.raises(ResourceError, match=r"No space left on device\); what was written stays"):
+        record(classifier, train, keep=tmp_path, executor=Elsewhere())
+    assert sorted(written) == [0, 1, 3, 4, 5, 6, 7]  # the rest was run, and is kept
+    written += [-1, -1, -1]
+    found = record(classifier, train, keep=tmp_path, executor=Elsewhere())
+    assert written[-1:] == [2]
+    np.testing.assert_array_equal(found.values[0], record(classifier, train).values[0])
 
 
 def test_threads_that_would_share_a_model_are_refused(loaded):

@@ -194,7 +194,7 @@ def _join_cluster(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"There is no Ray cluster to join at {address!r} ({_first_line(error)}); start one with `ray start "
-            "--head`, or give no address to use this machine alone."
+            "--head`, set RAY_AUTH_MODE=token if it asks for its token, or give no address to use this machine alone."
         ) from error
 
 
