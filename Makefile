@@ -25,7 +25,7 @@ test-oldest: $(OLDEST)/installed
 
 # Workers killed, nodes taken away, items that poison: minutes, so not part of `make test`.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -m cluster tests/execute
+	$(BIN)/python -m pytest -m cluster tests/execute tests/test_scale_out_examples.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -127,3 +127,11 @@ def multiplied(shared, item):
         values = values @ values
         values /= values.max()
     return float(values.sum())
+
+
+def where(shared, item):
+    """Say on which host an item is run."""
+    import ray
+
+    time.sleep(0.05)
+    return ray.util.get_node_ip_address()
