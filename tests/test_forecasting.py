@@ -32,11 +32,6 @@ def test_so_many_workers_run_so_many_items_at_a_time_and_the_last_round_may_be_s
     assert found == pytest.approx(START_SECONDS + 3 * 3 + 10 * ITEM_SECONDS)
 
 
-def test_what_the_driver_runs_alone_takes_as_long_whatever_the_workers():
-    planned = made_of(Stage("noise", items=1, passes=8, in_driver=True))
-    assert planned.seconds_on(8) == planned.seconds_on(1) == pytest.approx(START_SECONDS + 4 + ITEM_SECONDS)
-
-
 def test_a_worker_of_another_pace_is_counted_at_that():
     planned = made_of(Stage("record", items=2, passes=10))
     assert planned.seconds_on(1, 0.01) == pytest.approx(START_SECONDS + 0.1 + 2 * ITEM_SECONDS)

@@ -31,11 +31,11 @@ ALLOWED = {
     "report": {"errors", "types"},
     "settings": {"errors", "types", "data", "execute", "attack", "ranking", "sweeping"},
     "forecasting": {
-        *("errors", "types", "data", "model", "recording", "ranking", "sweeping", "attack", "settings"),
+        *("errors", "types", "data", "model", "recording", "ranking", "sweeping", "attack", "settings", "perturb"),
     },
     "study": {
         *("errors", "types", "data", "execute", "model", "recording", "probe", "ranking", "sweeping", "attack"),
-        *("measure", "store", "report", "settings", "forecasting"),
+        *("measure", "store", "report", "settings", "forecasting", "perturb"),
     },
     "demo": {"errors", "types", "data", "execute", "model", "settings", "study"},
     "edits": {"errors", "types", "data", "model", "perturb", "ranking", "recording", "report", "sweeping"},

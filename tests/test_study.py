@@ -1,13 +1,13 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from planted import B_UNIT, C_UNIT, planted_classifier, planted_examples
 
-import synapse.study
 from synapse.attack.edits import HeadEdits
+from synapse.attack.families import FAMILIES
 from synapse.errors import ConvergenceError, RestoreError, RunFolderError, SettingsError, SplitError
 from synapse.ranking import METHODS, RankingMethod, Scores
 from synapse.ranking.gradients import Taylor
@@ -38,7 +38,7 @@ def planted_run(tmp_path_factory):
 
 def test_a_run_folder_holds_what_it_promises(planted_run):
     names = {str(path.relative_to(planted_run)) for path in planted_run.rglob("*") if path.parent.name != "logits.zarr"}
-    known = ("probe", "ranking", "rank_stability", "agreement", "sweep", "attack")
+    known = ("probe", "ranking", "rank_stability", "agreement", "sweep", "attack", "defence")
     tables = {f"tables/{name}.parquet" for name in known}
     assert {"manifest.json", "scorecard.json", "report.html", "logits.zarr", *tables} <= names
     manifest = json.loads((planted_run / "manifest.json").read_text())
@@ -229,13 +229,13 @@ def test_a_study_that_was_killed_in_its_sweep_goes_on_there_and_ends_as_an_unbro
 
 def test_a_model_that_did_not_come_back_is_not_reported_on(tmp_path, monkeypatch):
     classifier = planted_classifier()
-    honest = synapse.study.FAMILIES["weight-noise"]
+    honest = FAMILIES["weight-noise"]
 
-    def careless(*arguments, **options):
+    def careless(target, place):
         classifier.module.head.bias.data[0] += 1e-6
-        return honest(*arguments, **options)
+        return honest.find(target, place)
 
-    monkeypatch.setitem(synapse.study.FAMILIES, "weight-noise", careless)
+    monkeypatch.setitem(FAMILIES, "weight-noise", replace(honest, find=careless))
     with pytest.raises(RestoreError, match="not what they were before the study"):
         study(tmp_path / "run", classifier=classifier)
     assert list(tmp_path.iterdir()) == []

@@ -57,6 +57,8 @@ _HOMES = {
     "HeadEdits": "synapse.attack.edits",
     "fit_head_edits": "synapse.attack.edits",
     "WeightNoise": "synapse.perturb.weights",
+    "Pruning": "synapse.perturb.weights",
+    "RandomFlips": "synapse.perturb.random_bits",
     **dict.fromkeys(("RayExecutor", "SerialExecutor"), "synapse.execute"),
     "sweep": "synapse.sweeping",
     "Grid": "synapse.sweeping",

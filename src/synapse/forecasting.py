@@ -6,7 +6,7 @@ further; so many workers run so many of them at a time, and the last round may l
     seconds = start + sum over stages of rounds * (passes / items) * seconds a pass
             + items * seconds an item + bytes / bytes a second,      rounds = ceil(items / workers)
 
-Probes, rankings and measures, which take seconds to minutes, are not counted.
+Probes, rankings, measures and families of attacks other than weight noise are not counted.
 """
 
 import math
@@ -20,6 +20,7 @@ from synapse.attack.noise import noise_cost
 from synapse.data.examples import Examples
 from synapse.model.classifier import Classifier
 from synapse.model.resume import clean_pass
+from synapse.perturb.weights import places
 from synapse.ranking import Ranking
 from synapse.ranking.statistics import RandomOrder
 from synapse.recording import layout_of
@@ -48,15 +49,12 @@ class Stage:
     items: int
     passes: int
     moved_bytes: int = 0
-    in_driver: bool = False
-    """Whether it is run by the driver alone, whatever the number of workers."""
 
     def seconds(self, workers: int, seconds_per_pass: float) -> float:
         """Return how long so many workers need."""
         if not self.items:
             return 0.0
-        rounds = self.items if self.in_driver else math.ceil(self.items / workers)
-        work = rounds * (self.passes / self.items) * seconds_per_pass
+        work = math.ceil(self.items / workers) * (self.passes / self.items) * seconds_per_pass
         return work + self.items * ITEM_SECONDS + self.moved_bytes / BYTES_PER_SECOND
 
 
@@ -108,7 +106,7 @@ def forecast(classifier: Classifier, train: Examples, test: Examples, settings: 
     if "weight-noise" in settings.attacks:
         attacked = amount(settings.attack_examples, n_sweep)
         blocks = noise_cost(classifier, attacked, draws=settings.noise_draws)
-        stages.append(Stage("weight noise", 1, round(blocks / classifier.n_layers), in_driver=True))
+        stages.append(Stage("weight noise", len(places(classifier)), round(blocks / classifier.n_layers)))
     disk = layout.n_bytes if settings.cache else 0
     return Forecast(n_train, n_test, n_sweep, cost, tuple(stages), seconds_per_pass, disk)
 

@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 
+from synapse.attack.defence import Defence, defence_table, defend_head
 from synapse.attack.edits import HeadEdits, fit_head_edits
-from synapse.attack.families import FAMILIES, Target
+from synapse.attack.families import Target, find_attacks
 from synapse.attack.head import FittedStep
 from synapse.data.examples import Examples, sample_examples, shared_inputs
 from synapse.errors import ConvergenceError, RestoreError, SettingsError, SplitError
@@ -31,6 +32,7 @@ from synapse.measure.attacks import attack_table
 from synapse.measure.probes import probe_rows, probe_table
 from synapse.measure.scorecard import component_figures, scorecard, sweep_table
 from synapse.model.classifier import Classifier
+from synapse.perturb.bits import FORMATS
 from synapse.probe.controls import ProbeEvaluation, control_targets, evaluate_probes, input_types
 from synapse.probe.probe import Probes, fit_probes, refit_probes
 from synapse.ranking import METHODS, Ranking, rank
@@ -71,7 +73,7 @@ def run_study(
     """Study a classifier and leave a run folder at `out`; nothing is left there if the study does not end well.
 
     What its sweeps have done by then lies beside it, in `.NAME-sweep`, from where the same study goes on. `executor`
-    runs what takes long (recording, probes and their refits, sweeps): by default this process.
+    runs what takes long (recording, probes and their refits, sweeps, attacks): by default this process.
 
     Neurons are ranked and attacks are fitted on `train`; everything is measured on `test`. The classifier's weights are
     compared by SHA-256 before and after.
@@ -115,10 +117,13 @@ def run_study(
         _feature_order(whole.train, settings),
         settings.noise_draws,
         seed,
+        train.take(_sample(train, classifier, settings.attack_examples, seed)),
+        parts[0].neuron_order if settings.sites[0] == "residual" else None,
     )
-    attacks = sum(
-        (timer.stage(f"attack {name}", partial(FAMILIES[name], target)) for name in settings.attacks), Attacks()
-    )
+    attacks = Attacks()
+    for name in settings.attacks:
+        attacks += timer.stage(f"attack {name}", partial(_attacks, name, target, executor))
+    defences = timer.stage("protect", lambda step: _defences(target, settings, step))
     edits = timer.stage("attack kept", lambda _: _kept_edits(classifier, whole, settings))
     if classifier.weights_hash() != weights_hash:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -133,7 +138,8 @@ def run_study(
             "ranking": ranking_table,
             "agreement": agreement_table(ranking_table),
             "sweep": sweep_table(outcome),
-            "attack": attack_table(attacks, whole.test, outcome.clean_logits[attacked], seed=seed),
+            "attack": attack_table(attacks, whole.test, seed=seed),
+            **({"defence": defence_table(defences)} if defences else {}),
             **({"rank_stability": pd.concat(drawn, ignore_index=True)} if drawn else {}),
         },
     )
@@ -188,6 +194,8 @@ class _Studied:
     outcome: Sweep
     probe_table: pd.DataFrame
     ranking_table: pd.DataFrame
+    neuron_order: Int[np.ndarray, "layer unit"]
+    """The neurons of every layer in the order of the first ranking."""
     drawn: RankStability | None
 
 
@@ -232,6 +240,7 @@ def _studied(
         outcome,
         _probe_table(evaluations, component, recorded.train.n_layers, len(classifier.labels), seed),
         pd.concat([ranking.to_frame() for ranking in rankings], ignore_index=True),
+        np.stack([rankings[0].order(layer) for layer in range(recorded.train.n_layers)]),
         drawn,
     )
 
@@ -334,6 +343,19 @@ def _scorecard(
     )
     further = {part.component: figures for part, figures in zip(parts[1:], others, strict=True)}
     return card | ({"components": further} if further else {})
+
+
+def _attacks(name: str, target: Target, executor: Executor | None, step: Progress) -> Attacks:
+    return find_attacks(name, target, executor=executor, progress=step)
+
+
+def _defences(target: Target, settings: Settings, step: Progress) -> list[Defence]:
+    """Return what protects the final map, where attacks on it are asked for; of its bits, where theirs are."""
+    if not {"head", "bits"} & set(settings.attacks) or target.classifier.final is None:
+        return []
+    formats = FORMATS if "bits" in settings.attacks else ()
+    train, test, order = target.train, target.test, target.feature_order
+    return defend_head(target.classifier, train, test, order, step, formats=formats, seed=target.seed)
 
 
 def _kept_edits(classifier: Classifier, recorded: _Recorded, settings: Settings) -> HeadEdits | None:

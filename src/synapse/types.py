@@ -332,12 +332,23 @@ class Transfer:
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseCurve:
-    """Logits under noise at one place: `logits[b, d, i]` is example i under draw d of relative norm `budgets[b]`."""
+class StrengthCurve:
+    """Logits while the weights of a place are changed ever more: `logits[b, d, i]` is example i under draw d of
+    `budgets[b]`, `clean[i]` that without a change.
 
-    place: str
+    A change that was chosen has one draw (arm `attack`), random ones several; what is random by nature has the arm
+    `random` alone. `target` is empty where any other prediction will do. Logits may be infinite or no numbers.
+    """
+
+    attack: str
+    location: str
+    target: str
+    arm: str
+    unit: str
     budgets: tuple[float, ...]
     logits: Float[np.ndarray, "budget draw example label"]
+    clean: Float[np.ndarray, "example label"]
+    targets: Int[np.ndarray, "example"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,7 +376,7 @@ class Attacks:
 
     redirections: Sequence[Redirection] = ()
     manipulations: Sequence[Manipulation] = ()
-    noise: Sequence[NoiseCurve] = ()
+    curves: Sequence[StrengthCurve] = ()
     bounds: Sequence[Bound] = ()
     transfers: Sequence[Transfer] = ()
     flips: Sequence[FlipCurve] = ()

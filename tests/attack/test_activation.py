@@ -14,14 +14,10 @@ from planted import (
 from scipy.optimize import linprog, minimize
 
 import synapse.attack.activation as module
-from synapse.attack.activation import (
-    affine_edits,
-    direction_attacks,
-    ranked_edits,
-    smallest_edits,
-    steering_directions,
-    universal_directions,
-)
+import synapse.attack.readout as readout
+from synapse.attack.activation import ranked_edits, smallest_edits
+from synapse.attack.affine import affine_edits
+from synapse.attack.directions import direction_attacks, steering_directions, universal_directions
 from synapse.data.reading import read_examples
 from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
@@ -170,30 +166,85 @@ def test_no_edit_on_a_fine_grid_of_two_neurons_is_much_smaller_than_the_one_foun
                 assert classifier.predict(examples.take([i])).argmax() == found.predicted[i]
 
 
-def test_the_slopes_are_those_of_plain_autograd_and_of_the_resumed_model_alike():
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_edits_are_no_longer_than_those_of_a_plain_deepfool(layer):
+    classifier, examples = random_classifier("bert"), random_examples(6, seed=5)
+    found = smallest_edits(classifier, examples, layer=layer, draws=0)
+    lengths = []
+    for i in range(len(examples)):
+        (batch,) = classifier.batches(examples.take([i]).inputs)
+        lengths.append(deepfool_length(classifier, batch.inputs, classifier.sites()[layer]))
+    assert (found.needed * found.scale <= np.array(lengths) * 1.001).all()
+
+
+def deepfool_length(classifier, inputs, site):
+    """Moosavi-Dezfooli et al. (2016), algorithm 2: onto the nearest plane, again and again, until the class changes."""
+    total, own = torch.zeros(site.width), None
+    for _ in range(50):
+        given = total.clone().requires_grad_()
+        z = hooked_logits(classifier, inputs, site, given)[0]
+        own = int(z.argmax()) if own is None else own
+        if int(z.argmax()) != own:
+            break
+        steps = []
+        for rival in set(range(3)) - {own}:
+            (w,) = torch.autograd.grad(z[rival] - z[own], given, retain_graph=True)
+            steps.append(w * (z[own] - z[rival]).detach() / w.square().sum())
+        total = total + 1.02 * min(steps, key=torch.norm)
+    return float(total.norm())
+
+
+def test_calls_that_share_what_they_found_out_try_it_once(monkeypatch):
+    classifier, examples = random_classifier("bert"), random_examples(4, seed=1)
+    tried, proved = [], readout.ReadoutMap._proved
+    monkeypatch.setattr(readout.ReadoutMap, "_proved", lambda self: tried.append(self.layer) or proved(self))
+    reuse = {}
+    for _ in range(2):
+        smallest_edits(classifier, examples, layer=1, draws=0, steps=1, reuse=reuse)
+        ranked_edits(classifier, examples, np.zeros(4, int), np.arange(32), (3,), layer=1, steps=1, reuse=reuse)
+    assert (tried, reuse) == ([1], {1: "rows"})
+
+
+@pytest.mark.parametrize(("layer", "component"), [(0, "residual"), (1, "residual"), (1, "mlp")])
+def test_logits_and_slopes_are_those_of_plain_autograd_whatever_is_taken_over(layer, component):
     classifier, examples = random_classifier("bert"), random_examples(4, seed=1)
     (batch,) = classifier.batches(examples.inputs)
-    resumes = {}
+    reuse, site = {}, classifier.sites(component)[layer]
     with classifier.studied():
-        state = module._State(classifier, batch, "residual", 1, resumes)
-        offset = RNG.normal(size=state.values.shape) * 0.1
-        logits, slopes = state.linearised(offset)
-    assert resumes == {1: True}
-    given = torch.tensor(offset, dtype=torch.float32, requires_grad=True)
-    block = classifier.module.get_submodule(classifier.anatomy.blocks[1])
+        state = readout.ReadoutMap(classifier, batch, component, layer, reuse)
+        example, own = np.array([0, 3, 1, 1, 2]), np.array([0, 1, 2, 0, 1])
+        offset = RNG.normal(size=(5, site.width)) * 0.1
+        rivals = np.array([[1, 2], [2, 0], [0, 1], [2, 1], [2, 0]])
+        logits, slopes = state.linearised(offset, example, own, rivals)
+        np.testing.assert_allclose(state.logits(offset, example), logits, rtol=1e-4, atol=1e-4)
+    assert reuse == {layer: "rows"}
+    for run, (i, reference) in enumerate(zip(example, own, strict=True)):
+        given = torch.tensor(offset[run], dtype=torch.float32, requires_grad=True)
+        z = hooked_logits(classifier, {name: value[[i]] for name, value in batch.inputs.items()}, site, given)[0]
+        np.testing.assert_allclose(logits[run], z.detach().numpy(), rtol=1e-4, atol=1e-4)
+        for rival, slope in zip(rivals[run], slopes[run], strict=True):
+            (gradient,) = torch.autograd.grad(z[rival] - z[reference], given, retain_graph=True)
+            np.testing.assert_allclose(slope, gradient.numpy(), rtol=1e-3, atol=1e-5)
 
-    def add(_module, _arguments, output):
-        moved = (output[0] if isinstance(output, tuple) else output).clone()
-        moved[:, 0] += given
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
-    handle = block.register_forward_hook(add)
-    z = classifier.module(**batch.inputs).logits
-    handle.remove()
-    np.testing.assert_allclose(logits, z.detach().numpy(), rtol=1e-4, atol=1e-4)
-    for label in range(3):
-        (gradient,) = torch.autograd.grad(z[:, label].sum(), given, retain_graph=True)
-        np.testing.assert_allclose(slopes[:, label], gradient.numpy(), rtol=1e-3, atol=1e-5)
+def hooked_logits(classifier, inputs, site, offset):
+    """What the whole model gives when plain hooks add an offset to row 0 of a block's output, or of a map's input."""
+    place = classifier.module.get_submodule(site.module)
+
+    def add(states):
+        return torch.cat([states[:, :1] + offset, states[:, 1:]], dim=1)
+
+    def behind(_module, _arguments, output):
+        return (add(output[0]), *output[1:]) if isinstance(output, tuple) else add(output)
+
+    def ahead(_module, arguments):
+        return (add(arguments[0]), *arguments[1:])
+
+    register = place.register_forward_hook if site.side == "output" else place.register_forward_pre_hook
+    hook = register(behind if site.side == "output" else ahead)
+    logits = classifier.module(**inputs).logits
+    hook.remove()
+    return logits
 
 
 def test_a_model_that_cannot_be_resumed_is_run_whole_and_says_so(monkeypatch, caplog):
@@ -203,7 +254,7 @@ def test_a_model_that_cannot_be_resumed_is_run_whole_and_says_so(monkeypatch, ca
     def broken(*_):
         raise RuntimeError("no rows")
 
-    monkeypatch.setattr(module, "passed_over", broken)
+    monkeypatch.setattr(readout, "passed_over", broken)
     plain = smallest_edits(classifier, examples, layer=0, draws=0, steps=3)
     np.testing.assert_allclose(plain.needed, right.needed, rtol=1e-2)
     assert "the whole model is run for each edit, which is slow (RuntimeError: no rows)" in caplog.text
@@ -235,7 +286,7 @@ def test_the_steering_direction_is_the_difference_of_means_and_its_budget_is_exa
     directions = steering_directions(train, 1)
     means = [train.values[1][train.targets == label].astype(float).mean(axis=0) for label in range(3)]
     np.testing.assert_allclose(directions[1, 2], means[2] - means[1])
-    found = direction_attacks(classifier, examples, test, {(1, 2): directions[1, 2]}, layer=1, attack="steering")
+    found = direction_attacks(classifier, examples, test, {"steering": {(1, 2): directions[1, 2]}}, layer=1)
     attack, control = found
     assert (attack.source, attack.target, attack.arm, attack.location) == ("b", "c", "attack", "residual 1")
     assert control.needed.shape == (10, len(attack.examples))
@@ -255,9 +306,7 @@ def test_below_the_head_the_budgets_are_the_first_of_the_grid_in_the_live_model(
     test, grid = record(classifier, examples), (0.1, 0.4, 1.6, 6.4)
     vector = RNG.normal(size=32)
     scale = np.linalg.norm(test.values[0].astype(float), axis=1).mean() / np.linalg.norm(vector)
-    attack, _ = direction_attacks(
-        classifier, examples, test, {(None, 1): vector}, layer=0, attack="steering", grid=grid
-    )
+    attack, _ = direction_attacks(classifier, examples, test, {"steering": {(None, 1): vector}}, layer=0, grid=grid)
     expected = np.full(len(attack.examples), np.inf)
     for budget in reversed(grid):
         steer = Steer(Neurons(0, tuple(range(32))), strength=budget, vector=tuple((vector * scale).tolist()))
@@ -272,7 +321,7 @@ def test_a_universal_direction_lies_in_the_planted_neurons_and_works_on_new_exam
     towards_c = directions[None, 2]
     assert set(np.flatnonzero(np.abs(towards_c) > 1e-9)) == {B_UNIT, C_UNIT}
     test = record(classifier, examples)
-    found = direction_attacks(classifier, examples, test, directions, layer=1, attack="universal")
+    found = direction_attacks(classifier, examples, test, {"universal": directions}, layer=1)
     for attack, control in zip(found[::2], found[1::2], strict=True):
         if attack.target != "a":
             assert np.isfinite(attack.needed).all()
@@ -298,7 +347,7 @@ def test_results_hang_together_as_redirections_for_a_table():
     test = record(classifier, examples)
     found = smallest_edits(classifier, examples, layer=1, target="c").redirections(test.targets)
     assert [(one.source, one.arm) for one in found if one.arm == "attack"] == [(s, "attack") for s in ("", "a", "b")]
-    table = attack_table(Attacks(found), test, test.logits, seed=0)
+    table = attack_table(Attacks(found), test, seed=0)
     half = table[(table["measure"] == "d50") & (table["source"] == "b")].set_index("arm")["value"]
     assert np.isnan(half["random"]) or half["attack"] < half["random"]
 

@@ -12,7 +12,7 @@ from synapse.measure.attacks import attack_table, smallest_budget
 from synapse.perturb.logits import LogitShift
 from synapse.perturb.weights import HeadEdit, WeightNoise
 from synapse.recording import record
-from synapse.types import Attacks, NoiseCurve
+from synapse.types import Attacks, StrengthCurve
 
 RNG = np.random.default_rng(0)
 
@@ -127,7 +127,7 @@ def test_a_random_edit_of_equal_norm_needs_more_than_the_fitted_one():
     )
     weight = classifier.final.weight.detach().numpy()
     found = Attacks(redirect_head(FittedStep(), train, test, weight, seed=0))
-    table = attack_table(found, test, test.logits, seed=0)
+    table = attack_table(found, test, seed=0)
     half = table[table["measure"] == "d50"].set_index(["source", "target", "arm"])["value"]
     for source in "abc":
         for target in set("abc") - {source}:
@@ -149,7 +149,7 @@ def test_weight_noise_from_the_changed_block_on_equals_the_whole_noisy_model():
     for curve in noise_attack(classifier, examples, seed=5, budgets=(0.5, 1.0), draws=2):
         for b, budget in enumerate(curve.budgets):
             for draw in range(2):
-                with classifier.edited(WeightNoise(curve.place, budget, seed=5 * 1009 + draw)):
+                with classifier.edited(WeightNoise(curve.location, budget, seed=5 * 1009 + draw)):
                     np.testing.assert_allclose(curve.logits[b, draw], classifier.predict(examples), atol=1e-5)
     assert classifier.weights_hash() == before
 
@@ -167,7 +167,7 @@ def test_the_scorecards_shift_is_that_of_all_other_classes_together():
     from synapse.measure.vulnerability import vulnerability
 
     test = record(planted_classifier(), planted_examples(60, seed=1))
-    found = vulnerability(attack_table(Attacks(shift_attacks(test, seed=0)), test, test.logits, seed=0))
+    found = vulnerability(attack_table(Attacks(shift_attacks(test, seed=0)), test, seed=0))
     for target, label in enumerate("abc"):
         rest = (test.targets != target) & (test.logits.argmax(axis=1) != target)
         gaps = test.logits[rest].max(axis=1) - test.logits[rest, target]
@@ -176,24 +176,18 @@ def test_the_scorecards_shift_is_that_of_all_other_classes_together():
 
 
 def test_the_interval_of_weight_noise_covers_the_draws():
-    rng = np.random.default_rng(3)
-    clean = np.tile([1.0, 0.0], (40, 1)).astype(np.float32)
+    clean = np.tile([1.0, 0.0, 0.0], (40, 1)).astype(np.float32)
     # of eight draws, four change every example and four none: the flip rate is a fact about draws, not about examples
     flipped = np.array([1, 0, 1, 0, 1, 0, 0, 1], dtype=bool)
     logits = np.where(flipped[:, None, None], clean[:, ::-1], clean)[None].repeat(2, axis=0)
-    table = attack_table(
-        Attacks(noise=[NoiseCurve("head", (1.0, 2.0), logits)]),
-        record(planted_classifier(), planted_examples(6, seed=1)),
-        clean,
-        seed=int(rng.integers(9)),
-    )
+    table = table_of(StrengthCurve("noise", "head", "", "random", "rms", (1.0, 2.0), logits, clean, np.zeros(40, int)))
     rate = table[table["measure"] == "flip_rate"].iloc[0]
     assert (rate["value"], rate["n"]) == (0.5, 40)
     assert rate["high"] - rate["low"] > 0.5
 
 
 def test_weight_noise_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(monkeypatch, caplog):
-    import synapse.attack.noise as module
+    import synapse.attack.trials as module
 
     classifier, examples = planted_classifier(3), planted_examples(9, seed=1)
     options = {"seed": 5, "budgets": (1.0,), "draws": 2}
@@ -202,5 +196,38 @@ def test_weight_noise_whose_resumed_logits_are_wrong_is_run_plain_and_says_so(mo
     monkeypatch.setattr(module, "resume", lambda *args: good(*args) * float("nan"))
     for expected, found in zip(right, noise_attack(classifier, examples, **options), strict=True):
         np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
-    places = [f"Weight noise at {place}: " for place in ("block 0", "block 1", "block 2", "head")]
+    places = [f"Weights at {place}: " for place in ("block 0", "block 1", "block 2", "head")]
     assert [record.getMessage()[: len(place)] for record, place in zip(caplog.records, places, strict=True)] == places
+
+
+def table_of(*curves):
+    return attack_table(Attacks(curves=curves), record(planted_classifier(), planted_examples(6, seed=1)), seed=0)
+
+
+def test_a_curve_counts_changes_and_what_is_lost_and_where_logits_leave_the_numbers():
+    clean = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32)
+    targets = np.array([0, 1, 1, 2])  # the second is wrong already
+    changed = np.stack([clean, clean[:, [1, 0, 2]], np.full_like(clean, np.nan)])[:, None]
+    changed[2, 0, 3] = [np.inf, 0, 0]
+    curve = StrengthCurve("x", "block 0", "", "attack", "share", (0.1, 0.2, 0.4), changed, clean, targets)
+    table = table_of(curve).set_index("measure")
+    assert table.loc["flip_rate", "value"].tolist() == [0, 0.75, 1]
+    assert table.loc["collateral", "value"].tolist() == pytest.approx([0, 0.25, 0.75])  # two are lost, one is gained
+    assert table.loc["nonfinite", "value"].tolist() == [0, 0, 1]
+    # half is reached between 0.1 and 0.2, two thirds of the way to 0.75, on a logarithmic scale
+    assert table.loc["d50", "value"] == pytest.approx(0.1 * 2 ** (2 / 3))
+    assert set(table["attack"]) == {"x"}
+    assert set(table["budget_unit"]) == {"share"}
+
+
+def test_a_curve_with_a_target_counts_those_of_other_classes_that_were_not_predicted_as_it():
+    clean = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], dtype=np.float32)
+    targets = np.array([0, 1, 1, 2, 0])  # the last one is predicted as c already
+    now = np.array([[0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]], dtype=np.float32)
+    curve = StrengthCurve("x", "head", "c", "attack", "share", (0.1,), now[None, None], clean, targets)
+    table = table_of(curve).set_index("measure")
+    assert (table.loc["success", "value"], table.loc["success", "n"]) == (pytest.approx(2 / 3), 3)
+    assert table.loc["d50", "target"] == "c"
+    assert np.isnan(table.loc["d95", "value"])
+    nobody = StrengthCurve("x", "head", "c", "attack", "share", (0.1,), now[None, None, 3:], clean[3:], targets[3:])
+    assert table_of(nobody).empty

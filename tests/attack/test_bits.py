@@ -170,6 +170,32 @@ def test_every_tensor_has_its_best_weights_however_little_they_promise():
         assert sorted(expected) == [place for place in found.places if place.tensor == t]
 
 
+def test_of_flips_that_may_not_be_made_none_is_among_the_best():
+    rng = np.random.default_rng(5)
+    weights = [torch.from_numpy(rng.normal(size=(4, 6)).astype(np.float32)) for _ in range(2)]
+    stored, gradients = [StoredWeight.of(w, "int8") for w in weights], [w.flip(0) for w in weights]
+    every = [Place(t, i, b) for t in range(2) for i in range(24) for b in range(8)]
+    without = {every[i] for i in rng.permutation(len(every))[:300]} | {Place(0, 3, b) for b in range(8)}
+    promises = {
+        p: -float(
+            gradients[p.tensor].flatten()[p.weight]
+            * (
+                stored[p.tensor].values_flipped(torch.tensor(p.weight), torch.tensor(p.bit))
+                - stored[p.tensor].values().flatten()[p.weight]
+            )
+        )
+        for p in every
+        if p not in without
+    }
+    found = best_flips(stored, gradients, range(1, 8), each_bit=2, each_tensor=1, without=without)
+    of_bit = [sorted((p for p in promises if p.bit == b), key=promises.get)[-2:] for b in range(1, 8)]
+    of_tensor = [max((p for p in promises if p.tensor == t and p.bit), key=promises.get) for t in range(2)]
+    assert set(found.places) == {*of_tensor, *(p for best in of_bit for p in best)}
+    names = ("a", "b")
+    random = random_flips(dict(zip(names, stored, strict=True)), range(1, 8), 40, without=without, seed=0)
+    assert not {Place(names.index(f.weight), f.index, f.bit) for f in random} & without
+
+
 def test_random_flips_are_distinct_seeded_and_of_the_kind_asked_for():
     stored = {"a": StoredWeight.of(torch.ones(4, 5), "float16"), "b": StoredWeight.of(torch.ones(3), "float16")}
     every = random_flips(stored, (14, 15), 23, finite=True, seed=1)  # 1.0 with bit 14 set is infinite
@@ -205,6 +231,28 @@ def test_the_first_flip_is_the_best_of_all_where_all_are_tried(seed):
     for cheaper in (replace(search, each_bit=3), replace(search, heats=(24, 48))):
         (flip,) = cheaper.find(classifier, fit, score, source=names[0], target=names[1]).flips
         assert losses[best] <= losses[flip.index * 8 + flip.bit] < start
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_flip_is_the_best_of_those_that_are_not_protected(seed):
+    classifier = small_classifier(4, seed)
+    fit, score = drawn_features(classifier, 80, seed), drawn_features(classifier, 40, seed + 100)
+    weight, bias = classifier.final.weight.detach().numpy(), classifier.final.bias.detach().numpy()
+    stored, heads = int8_heads_with_one_flip(weight)
+    clean = fit.features @ stored.T + bias
+    source = int(np.bincount(clean.argmax(axis=1)).argmax())
+    target = (source + 1) % 4
+    losses = np.array([loss_of(fit.features @ h.T + bias, fit.targets, source, target, clean, 0.5) for h in heads])
+    barred = {int(losses.argmin()), *np.random.default_rng(seed).permutation(256)[:100].tolist()}
+    protected = frozenset(Flip(HEAD, place // 8, place % 8) for place in barred)
+    search = BitSearch("int8", protected=protected, each_bit=48, heats=(), most=1, share=1.0)
+    attack = search.find(classifier, fit, score, source=f"class {source}", target=f"class {target}")
+    losses[list(barred)] = np.inf
+    best = int(losses.argmin())
+    assert losses[best] < loss_of(clean, fit.targets, source, target, clean, 0.5)
+    assert attack.flips == (Flip(HEAD, best // 8, best % 8),)
+    flips = {flip for draw in random_attacks(search, attack, classifier, score, seed=0) for flip in draw.flips}
+    assert not flips & protected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -311,7 +359,7 @@ def test_with_stealth_fewer_others_are_lost_and_the_search_goes_on_until_they_ar
 def test_flips_are_counted_up_to_where_enough_are_redirected_and_few_enough_lost():
     outcomes = (Outcome(0, 10, 0, 10, 0), Outcome(9, 10, 5, 10, 0), Outcome(8, 10, 0, 10, 0), Outcome(9, 10, 1, 10, 0))
     plain = BitFlips("int8", ("w",))
-    attack = BitAttack(plain, "a", "b", "attack", (0, 1, 2, 3), (), outcomes, SPENT, "", "")
+    attack = BitAttack(plain, "a", "b", "attack", (0, 1, 2, 3), (), outcomes, SPENT, "", "", "")
     assert (attack.flips_for(0.9), attack.flips_for(0.9, bound=0.1), attack.flips_for(0.95)) == (1, 3, None)
 
 
@@ -437,6 +485,7 @@ def test_an_attack_is_kept_read_and_applied_and_a_changed_file_is_refused(tmp_pa
     assert loaded == attack
     told = json.loads((tmp_path / "attack" / "attack.json").read_text())
     assert (told["source"], told["target"], told["number_format"]) == ("b", "c", "int8")
+    assert told["examples"] == planted_examples(60, seed=1).fingerprint
     with torch.no_grad():
         classifier.module.head.weight[0, 0] += 1
     with (
@@ -447,6 +496,42 @@ def test_an_attack_is_kept_read_and_applied_and_a_changed_file_is_refused(tmp_pa
     (tmp_path / "attack" / "attack.json").write_text(json.dumps(told | {"target": "a"}))
     with pytest.raises(RunFolderError, match="is no whole attack: attack.json has"):
         BitAttack.load(tmp_path / "attack")
+
+
+def test_flips_that_do_otherwise_than_they_say_are_named():
+    classifier, fit, score = planted_classifier(), planted_examples(60, seed=2), planted_examples(61, seed=1)
+    attack = BitSearch().find(classifier, fit, score, source="b", target="a")
+    before, truth = classifier.weights_hash(), attack.scoring[-1]
+    assert attack.checked(classifier, score) == []
+    wrong = replace(attack, scoring=(*attack.scoring[:-1], replace(truth, lost=truth.lost + 7)))
+    assert wrong.checked(classifier, score) == [
+        f"b -> a: {truth.redirected} of {truth.attacked} redirected and {truth.lost + 7} of {truth.others} others lost "
+        f"were stated, {truth.redirected} of {truth.attacked} redirected and {truth.lost} of {truth.others} others "
+        "lost were found"
+    ]
+    assert classifier.weights_hash() == before
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_flips_are_checked_on_the_examples_the_weights_and_the_classes_that_they_were_scored_on(recorded, tmp_path):
+    classifier, fit, score = planted_classifier(), planted_examples(60, seed=2), planted_examples(61, seed=1)
+    splits = [record(classifier, split) for split in (fit, score)] if recorded else [fit, score]
+    BitSearch(weights=(HEAD,)).find(classifier, *splits, source="b", target="a").save(tmp_path / "flips")
+    attack = BitAttack.load(tmp_path / "flips")
+    assert attack.checked(classifier, score) == []
+    stated, given = score.fingerprint[:12], fit.fingerprint[:12]
+    with pytest.raises(SettingsError) as refused:
+        attack.checked(classifier, fit)
+    assert str(refused.value) == (
+        f"What these flips do is stated for examples with the fingerprint {stated}; that of planted-2 is {given}. Give "
+        "the examples that they were scored on."
+    )
+    with pytest.raises(SettingsError, match="about the class 'd'; the classes of 'planted' are a, b, c"):
+        replace(attack, target="d").checked(classifier, score)
+    with torch.no_grad():
+        classifier.module.head.weight[0, 0] += 1
+    with pytest.raises(SettingsError, match="found for other weights than those of 'planted'"):
+        attack.checked(classifier, score)
 
 
 def test_what_cannot_be_attacked_is_refused():
@@ -465,6 +550,9 @@ def test_what_cannot_be_attacked_is_refused():
         BitSearch(weights=("blocks.*",)).find(
             classifier, record(classifier, fit), record(classifier, score), source="b", target="c"
         )
+    for flip in (Flip("mine", 0, 0), Flip(HEAD, 48, 0), Flip(HEAD, 0, 8)):
+        with pytest.raises(SettingsError, match=f"Bit {flip.bit} of weight {flip.index} in '{flip.weight}' was to be"):
+            BitSearch(weights=(HEAD,), protected=frozenset([flip])).find(classifier, fit, score, source="b", target="c")
     with pytest.raises(SettingsError, match="positions from 0 to 7 of int8 were expected"):
         BitSearch(bits=(8,)).find(classifier, fit, score, source="b", target="c")
     only_a = Examples(fit.inputs, ("a",) * len(fit), "all a")

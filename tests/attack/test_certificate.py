@@ -11,6 +11,7 @@ from synapse.attack.head import STEPS, redirect_head
 from synapse.errors import SettingsError
 from synapse.perturb.weights import HeadEdit
 from synapse.recording import record
+from synapse.types import Activations
 
 RNG = np.random.default_rng(9)
 
@@ -58,6 +59,30 @@ def test_the_radius_is_what_a_general_solver_finds():
         over = {"type": "ineq", "fun": lambda v, c=c: ((weight + v.reshape(3, 4)) @ h)[[c, z.argmax()]] @ [1, -1]}
         found.append(np.linalg.norm(minimize(lambda v: v @ v, np.zeros(12), constraints=[over], tol=1e-14).x))
     assert radii[0] == pytest.approx(min(found), rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "features"), [((0, 2), None), (None, (1, 3)), ((1, 2), (0, 1, 3)), ((0,), (2,))])
+def test_what_an_edit_of_some_rows_and_features_needs_is_what_a_general_solver_finds(rows, features):
+    rng = np.random.default_rng(3)
+    weight, h = rng.normal(size=(4, 4)), rng.normal(size=(3, 4)).astype(np.float32)
+    z, labels = (h @ weight.T).astype(np.float32), tuple("abcd")
+    may = np.ix_(range(4) if rows is None else rows, range(4) if features is None else features)
+    for i, says in enumerate(z.argmax(axis=1)):
+        test = Activations(np.zeros((1, 1, 4), dtype=np.float32), z[[i]], np.array([says]), labels, "", features=h[[i]])
+        for target in np.delete(np.arange(4), says).tolist():
+
+            def ahead(v, i=i, target=target):
+                edited = weight.copy()
+                edited[may] += v.reshape(weight[may].shape)
+                now = edited @ h[i].astype(float)
+                return np.delete(now[target] - now, target)
+
+            start, over = rng.normal(size=weight[may].size), {"type": "ineq", "fun": ahead}
+            found = minimize(lambda v: v @ v, start, constraints=[over], tol=1e-9).x
+            (needed,) = needed_norms(test, weight, int(says), target, rows=rows, features=features)
+            assert np.isfinite(needed) == (ahead(found).min() > -1e-5)
+            if np.isfinite(needed):
+                assert needed * np.linalg.norm(weight) == pytest.approx(np.linalg.norm(found), rel=1e-3)
 
 
 def test_no_attack_that_is_found_is_below_what_is_proved(splits, weight):

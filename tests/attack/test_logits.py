@@ -1,5 +1,7 @@
 """Changes of the logits: every number from a closed form, a brute-force grid or a general solver."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import planted_classifier, planted_examples, random_classifier, random_examples
@@ -14,14 +16,17 @@ from synapse.attack.logits import (
     Temperature,
     away_attacks,
     gaps,
+    noise_curve,
     noise_flips,
     noise_probabilities,
     prior_attacks,
+    rotation_attacks,
     rounding_attacks,
     shift_attacks,
     smallest_changes,
     success_curve,
     swap_attacks,
+    temperature_controls,
     tied,
 )
 from synapse.errors import SettingsError
@@ -155,6 +160,31 @@ def test_what_a_swap_does_follows_from_the_clean_predictions(recorded):
         assert one.success(recorded, a, b) == pytest.approx((predicted[of_a] == a).mean())
     assert control.arm == "random"
     assert len(control.logits) == 10
+
+
+def test_where_each_class_is_named_as_the_next_every_prediction_changes(recorded):
+    attack, control = rotation_attacks(recorded, seed=0)
+    assert (attack.predictions[0] == (recorded.predictions + 1) % 3).all()
+    assert attack.budget == control.budget == {"classes": 3.0}
+    assert len(control.logits) == 10
+    assert (control.predictions != recorded.predictions).all()
+    two = replace(recorded, labels=("a", "b"), logits=recorded.logits[:, :2])
+    assert rotation_attacks(two, seed=0) == []
+
+
+def test_temperatures_change_all_logits_and_no_prediction(recorded):
+    for one, temperature in zip(temperature_controls(recorded, (0.1, 10.0)), (0.1, 10.0), strict=True):
+        assert one.arm == "control"
+        np.testing.assert_allclose(one.logits[0] * temperature, recorded.logits, rtol=1e-6)
+        assert one.flip_rate(recorded) == one.collateral(recorded) == 0
+
+
+def test_the_noise_curve_is_sampled_from_the_exact_one(recorded):
+    strengths = (0.5, 2.0, 8.0)
+    curve = noise_curve(recorded, strengths, seed=3, draws=60)
+    flips = (curve.logits.argmax(axis=3) != recorded.predictions).mean(axis=(1, 2))
+    np.testing.assert_allclose(flips, noise_flips(recorded.logits, np.array(strengths)).mean(axis=1), atol=0.02)
+    assert (curve.attack, curve.arm, curve.location, curve.unit) == ("logit-noise", "random", "logits", "logit")
 
 
 def test_rounding_stays_within_half_a_step_and_one_bit_ties(recorded):

@@ -90,13 +90,17 @@ def verify(monkeypatch, capsys, fair, splits):
     return verified
 
 
+def counted(n, unit):
+    return f"1 {unit}" if n == 1 else f"{n} {unit}s"
+
+
 def test_the_attacks_of_a_run_do_what_they_say_with_the_columns_of_the_run(run, found, verify):
     edits, flips = found
     assert verify(run) == (
         0,
         f"{run}: whole\n"
-        f"{run}/attacks/{FLIPS}: does what it says ({len(flips.flips)} flips)\n"
-        f"{run}/attacks/{EDITS}: does what it says ({len(edits)} pairs)\n",
+        f"{run}/attacks/{FLIPS}: does what it says ({counted(len(flips.flips), 'flip')})\n"
+        f"{run}/attacks/{EDITS}: does what it says ({counted(len(edits), 'pair')})\n",
     )
 
 
@@ -151,9 +155,12 @@ def test_an_attack_in_a_run_is_checked_by_its_own_checksums(run, verify):
 
 
 def test_other_examples_and_another_model_are_named(run, verify, splits, tmp_path, fair):
-    status, shown = verify(run / "attacks" / EDITS, test=splits[0], options=["--text", "payload"])
-    assert status == 1
-    assert "stated for examples with the fingerprint " in shown
+    for name, what in ((EDITS, "edits"), (FLIPS, "flips")):
+        status, shown = verify(run / "attacks" / name, test=splits[0], options=["--text", "payload"])
+        assert status == 1
+        assert (
+            f"{name}: cannot be checked\n  What these {what} do is stated for examples with the fingerprint " in shown
+        )
     classifier = Classifier.from_pretrained(fair, device="cpu")
     classifier.head_weight().neg_()
     shutil.copytree(fair, tmp_path / "other")

@@ -125,7 +125,9 @@ def test_a_study_has_the_same_scorecard(loaded, tmp_path):
         kinds=("zero",),
         methods=("linear",),
         rank_draws=2,
-        attacks=("logits",),
+        attacks=("logits", "head", "weight-noise"),
+        attack_examples=4,
+        noise_draws=2,
     )
     executors = {"here": None, "there": Elsewhere()}
     cards = {}

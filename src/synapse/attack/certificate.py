@@ -7,6 +7,10 @@ logits z, it needs (dW h)_c - (dW h)_y >= z_y - z_c, and by Cauchy and Schwarz
 
 which the edit ((z_y - z_c) / 2) (e_c - e_y) h^T / ||h||^2 attains. So the smallest of these over the rivals is exact
 for one example, in the Frobenius and in the spectral norm, and for a set of examples a bound that no edit undercuts.
+
+Where an edit may touch some rows and some features only, dW h is made of the features that it may touch, and is zero in
+the rows that it may not: ||h|| becomes the length of these features, and the change of the logits the smallest one in
+these rows.
 """
 
 from collections.abc import Sequence
@@ -18,7 +22,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from synapse.attack.base import attacked
-from synapse.attack.head import SHARES, UNIT, one_sample_changes
+from synapse.attack.head import SHARES, UNIT
+from synapse.attack.logits import smallest_changes
 from synapse.errors import SettingsError
 from synapse.perturb.weights import HEAD
 from synapse.types import GLOBAL, Activations, Bound
@@ -122,19 +127,56 @@ def head_bounds(test: Activations, weight: Float[np.ndarray, "label feature"]) -
 
 
 def needed_norms(
-    test: Activations, weight: Float[np.ndarray, "label feature"], source: int | None, target: int
+    test: Activations,
+    weight: Float[np.ndarray, "label feature"],
+    source: int | None,
+    target: int,
+    *,
+    rows: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "example"]:
     """Return the relative norm of the smallest edit of the head that redirects each example that an attack is about.
 
-    An edit that redirects several of them is at least as large as the largest of theirs: see
-    `synapse.attack.head.one_sample_changes`, with all rows.
+    With `rows` or `features`, of the smallest that touches these alone; infinite where none of them does it. An edit
+    that redirects several examples is at least as large as the largest of theirs.
     """
-    features = _features(test)
     examples = attacked(test, source, target)
-    changes = one_sample_changes(test.known_logits[examples], target)
-    with np.errstate(divide="ignore"):
-        needed = np.linalg.norm(changes, axis=1) / np.linalg.norm(features[examples], axis=1)
-    return np.asarray(needed / float(np.linalg.norm(weight)))
+    read = _features(test)[examples]
+    change = least_change(test.known_logits[examples], target, rows=rows)
+    length = np.linalg.norm(read if features is None else read[:, list(features)], axis=1)
+    return quotient(change, length) / float(np.linalg.norm(weight))
+
+
+def least_change(
+    logits: Float[np.ndarray, "example label"], target: int, *, rows: Sequence[int] | None = None
+) -> Float[np.ndarray, "example"]:
+    """Return the length of the smallest change of each example's logits, of all or of these rows, that puts the target
+    on top: 0 where it is, infinite where no such change does it.
+
+    Of rivals that may not fall, the highest says how far the target must rise at least; beyond that, with the rivals
+    that may fall, it is as if there were no others (`synapse.attack.logits.smallest_changes`). *Source*: the sum of the
+    squares is convex in how far the target rises, so that the least one that is allowed is next to the least of all.
+    """
+    z = logits.astype(np.float64)
+    may = np.isin(np.arange(z.shape[1]), range(z.shape[1]) if rows is None else list(rows))
+    lacking = z - z[:, [target]]
+    fixed = lacking[:, ~may].max(axis=1, initial=0.0)
+    rise = np.zeros(len(z))
+    if may[target]:
+        alone = smallest_changes(np.where(may, z, -np.inf), target, "l2")[:, target]
+        rise = np.maximum(alone, fixed)
+    falls = np.maximum(lacking[:, may] - rise[:, None], 0.0)
+    length = np.sqrt(np.square(rise) + np.square(falls).sum(axis=1))
+    return np.where(fixed > rise, np.inf, length)
+
+
+def quotient(change: Float[np.ndarray, "*#shape"], length: Float[np.ndarray, "*#shape"]) -> Float[np.ndarray, "..."]:
+    """Return how large an edit must be that changes logits by so much through features of that length.
+
+    Nothing for no change, and infinitely large for a change through features that are zero.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(change > 0, change / length, 0.0)
 
 
 def _features(recorded: Activations) -> Float[np.ndarray, "example feature"]:

@@ -2,7 +2,7 @@
 
 An edit adds a step to the target's row of the final linear map and, with two rows, takes it from the source's; one row
 a pair is kept, not a matrix. What each does is stated as counts, so that whoever has the model and the examples can
-check that it still does: see `HeadEdits.checked`, and `checked_flips` for bit flips.
+check that it still does: see `HeadEdits.checked`.
 """
 
 import json
@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Float, Float32, Int
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from synapse.attack.base import attacked, needed_budget
 from synapse.attack.bits.aim import Aim, Outcome
-from synapse.attack.bits.found import BitAttack
-from synapse.attack.bits.runs import Aimed
+from synapse.attack.bits.checks import check_examples, differences, shortened, tolerance_of
 from synapse.attack.certificate import least_for_share
 from synapse.attack.head import Fits, HeadStep, Rows
 from synapse.data.examples import Examples
@@ -32,15 +31,12 @@ from synapse.integrity import flaws, seal, write_whole
 from synapse.model.classifier import Classifier, hash_tensors
 from synapse.perturb.weights import HEAD, HeadEdit
 from synapse.recording import record
-from synapse.types import GLOBAL, Activations
+from synapse.types import Activations
 
 log = logging.getLogger(__name__)
 
 BEYOND = 1e-4
 """Share by which an edit exceeds the budget at which its last example ties: rounding decides ties either way."""
-
-TIE = 1e-4
-"""Distance of the two largest logits, relative to their size, below which another machine may predict otherwise."""
 
 _FILE = "edits.safetensors"
 _ARRAYS = ("sources", "targets", "steps", "shares", "budgets")
@@ -118,21 +114,17 @@ class HeadEdits:
             LabelError, ModelError: as `synapse.recording.record`.
         """
         self._check_model(classifier)
-        if examples.fingerprint != self.examples:
-            raise SettingsError(
-                f"What these edits do is stated for examples with the fingerprint {_short(self.examples)}; that of "
-                f"{examples.name} is {_short(examples.fingerprint)}. Give the examples that they were scored on."
-            )
+        check_examples(examples, self.examples, "edits")
         scored = _Scored.of(classifier, record(classifier, examples, component="pooler"))
-        tolerance, found = _tolerance(classifier), []
+        tolerance, found = tolerance_of(classifier), []
         for pair, stated in enumerate(self.outcomes):
             aim, logits = self._done(pair, scored)
-            found += _differences(self._name(pair), stated, aim, tolerance, scored.logits, logits)
+            found += differences(self._name(pair), stated, aim, tolerance, scored.logits, logits)
         aim, logits = self._done(0, scored)
         with self.applied(classifier, *self._ends(0)):
             live = classifier.predict(examples)
         name = f"{self._name(0)} in the live model"
-        return found + _differences(name, aim.outcome(logits), aim, tolerance, logits, live)
+        return found + differences(name, aim.outcome(logits), aim, tolerance, logits, live)
 
     def save(self, folder: Path | str) -> None:
         """Write the edits into a folder: `attack.json`, `edits.safetensors` and, last, their checksums."""
@@ -198,8 +190,8 @@ class HeadEdits:
         found = _hash_of(classifier)
         if found != self.model:
             raise SettingsError(
-                f"These edits were found for a final map with the hash {_short(self.model)}; that of "
-                f"{classifier.name!r} is {_short(found)}. Load the model that they were found for, or apply "
+                f"These edits were found for a final map with the hash {shortened(self.model)}; that of "
+                f"{classifier.name!r} is {shortened(found)}. Load the model that they were found for, or apply "
                 "`edit(...)`, which does not check."
             )
         if classifier.labels != self.labels:
@@ -290,7 +282,7 @@ class _Scored:
         if (logits.shape[1], features.shape[1]) == tuple(weight.shape):
             made = features @ weight.double().numpy().T
             made += 0.0 if bias is None else bias.detach().double().cpu().numpy()
-            if np.allclose(made, logits, atol=10 * _tolerance(classifier) * (1 + np.abs(logits).max(initial=0))):
+            if np.allclose(made, logits, atol=10 * tolerance_of(classifier) * (1 + np.abs(logits).max(initial=0))):
                 return cls(weight, features, logits, recorded.targets)
         raise SettingsError("The recorded features do not give the recorded logits; record them with this classifier.")
 
@@ -304,73 +296,8 @@ class _Scored:
         return logits
 
 
-def checked_flips(attack: BitAttack, classifier: Classifier, examples: Examples) -> list[str]:
-    """Return what bit flips do otherwise than stated, in a sentence; nothing where they do what they did.
-
-    Compared is what all flips together did to the scoring examples; see `HeadEdits.checked` for near ties.
-
-    Raises:
-        SettingsError: the classifier's weights are not those that the flips were found for, or its classes others.
-    """
-    labels, ends = classifier.labels, (attack.source, attack.target)
-    if unknown := [name for name in ends if name not in (GLOBAL, *labels)]:
-        raise SettingsError(
-            f"The flips are about the class {unknown[0]!r}; the classes of {classifier.name!r} are "
-            f"{', '.join(labels)}. Pass the names that they were found with as `labels`."
-        )
-    source, target = (None if name == GLOBAL else labels.index(name) for name in ends)
-    with replace(attack.perturbation, flips=()).applied(classifier), classifier.studied():
-        scored = Aimed.of(classifier, examples, source, target)
-        clean = scored.runs.logits()
-    with attack.applied(classifier), classifier.studied():
-        flipped = scored.runs.logits()
-    name = f"{attack.source or 'every class'} -> {attack.target or 'another class'}"
-    return _differences(name, attack.scoring[-1], scored.aim, _tolerance(classifier), clean, flipped)
-
-
-def _differences(
-    name: str,
-    stated: Outcome,
-    aim: Aim,
-    tolerance: float,
-    clean: Float[np.ndarray, "example label"],
-    edited: Float[np.ndarray, "example label"],
-) -> list[str]:
-    """Return a sentence where the edited logits give other counts than stated, by more than ties could."""
-    found = aim.outcome(edited)
-    if found == stated:
-        return []
-    ties = int((_is_close(clean, tolerance) | _is_close(edited, tolerance)).sum())
-    if all(abs(now - then) <= ties for now, then in zip(astuple(found), astuple(stated), strict=True)):
-        return []
-    return [f"{name}: {_in_words(stated)} were stated, {_in_words(found)} were found"]
-
-
-def _is_close(logits: Float[np.ndarray, "example label"], tolerance: float) -> Bool[np.ndarray, "example"]:
-    finite = np.isfinite(logits).all(axis=1)
-    known = np.where(finite[:, None], logits, 0.0)
-    ordered = np.sort(known, axis=1)
-    ahead = ordered[:, -1] - ordered[:, -2]
-    return np.asarray(finite & (ahead <= tolerance * (1 + np.abs(known).max(axis=1))))
-
-
-def _tolerance(classifier: Classifier) -> float:
-    """Return the relative difference of logits that rounding can make: more where weights are of a coarse type."""
-    types = {weight.dtype for weight in classifier.module.parameters() if weight.is_floating_point()}
-    return max([TIE, *(4 * torch.finfo(each).eps for each in types)])
-
-
-def _in_words(outcome: Outcome) -> str:
-    words = f"{outcome.redirected} of {outcome.attacked} redirected and {outcome.lost} of {outcome.others} others lost"
-    return f"{words} ({outcome.nonfinite} no numbers)" if outcome.nonfinite else words
-
-
 def _hash_of(classifier: Classifier) -> str:
     """Return the SHA-256 of the final linear map, with its bias where it has one."""
     classifier.head_weight()  # refuses a head that does not end in one
     assert classifier.final is not None
     return hash_tensors(classifier.final.state_dict())
-
-
-def _short(digest: str) -> str:
-    return digest[:12]

@@ -21,7 +21,7 @@ from torch import Tensor
 from synapse.attack.base import RANDOM_DRAWS, attacked, broken_budget, needed_budget
 from synapse.errors import SettingsError
 from synapse.model.classifier import Classifier
-from synapse.types import GLOBAL, Activations, Manipulation, Redirection
+from synapse.types import GLOBAL, Activations, Manipulation, Redirection, StrengthCurve
 
 Norm = Literal["one", "l2", "linf"]
 """How a change of the logits is measured: that of the target's logit alone, its Euclidean length, its largest entry."""
@@ -337,28 +337,82 @@ class RoundedLogits(LogitChange):
 
 
 def swap_attacks(test: Activations, *, seed: int) -> list[Manipulation]:
-    """Return the logits with every pair of classes exchanged, beside random permutations of all classes.
+    """Return the logits with every pair of classes exchanged, beside pairs at random.
 
     No number moves far, and no weight: rows of a table of names are exchanged. The budget is the number of classes that
     are named wrongly.
     """
     n_labels, rng = len(test.labels), np.random.default_rng(seed)
-    z, keys = test.known_logits.astype(np.float64), range(len(test))
     found = [
-        Manipulation(
-            "logit-swap",
-            "logits",
-            f"{test.labels[a]} <-> {test.labels[b]}",
-            "attack",
-            {"classes": 2.0},
-            Permuted.swap(a, b, n_labels).changed(z, keys)[None],
-        )
+        _permuted("logit-swap", test, f"{test.labels[a]} <-> {test.labels[b]}", [Permuted.swap(a, b, n_labels)])
         for a, b in combinations(range(n_labels), 2)
     ]
     # Any two classes, at random: as many are named wrongly as in the attack.
     pairs = [rng.choice(n_labels, size=2, replace=False).tolist() for _ in range(RANDOM_DRAWS)]
-    drawn = np.stack([Permuted.swap(a, b, n_labels).changed(z, keys) for a, b in pairs])
-    return [*found, Manipulation("logit-swap", "logits", "any two", "random", {"classes": 2.0}, drawn)]
+    drawn = [Permuted.swap(a, b, n_labels) for a, b in pairs]
+    return [*found, _permuted("logit-swap", test, "any two", drawn, arm="random")]
+
+
+def rotation_attacks(test: Activations, *, seed: int) -> list[Manipulation]:
+    """Return the logits with each class named as the next one, beside random permutations that leave none its name.
+
+    With two classes there is one such permutation, which is the swap: nothing is returned.
+    """
+    n_labels, rng = len(test.labels), np.random.default_rng(seed)
+    if n_labels == 2:
+        return []
+    rotation = Permuted(tuple(np.roll(np.arange(n_labels), 1).tolist()))
+    drawn = [Permuted(tuple(_derangement(n_labels, rng).tolist())) for _ in range(RANDOM_DRAWS)]
+    every = "each as the next"
+    return [
+        _permuted("logit-permutation", test, every, [rotation]),
+        _permuted("logit-permutation", test, every, drawn, arm="random"),
+    ]
+
+
+def _derangement(n: int, rng: np.random.Generator) -> Int[np.ndarray, "label"]:
+    """Return a permutation that leaves nothing in its place; of random ones about every third is one."""
+    order = rng.permutation(n)
+    while (order == np.arange(n)).any():
+        order = rng.permutation(n)
+    return order
+
+
+def _permuted(
+    attack: str, test: Activations, detail: str, permutations: Sequence[Permuted], *, arm: str = "attack"
+) -> Manipulation:
+    """Return what permutations that move the same number of classes do to the logits."""
+    z, keys = test.known_logits.astype(np.float64), range(len(test))
+    moved = float(sum(place != label for place, label in enumerate(permutations[0].order)))
+    logits = np.stack([permutation.changed(z, keys) for permutation in permutations])
+    return Manipulation(attack, "logits", detail, arm, {"classes": moved}, logits)
+
+
+def temperature_controls(test: Activations, temperatures: Sequence[float]) -> list[Manipulation]:
+    """Return the logits divided by temperatures, which must move no prediction: the arm is `control`."""
+    z, keys = test.known_logits.astype(np.float64), range(len(test))
+    found = []
+    for temperature in temperatures:
+        divided = Temperature(temperature).changed(z, keys)
+        budget = {"rms": float(np.sqrt(np.mean((divided - z) ** 2))), "temperature": temperature}
+        found.append(
+            Manipulation("logit-temperature", "logits", f"by {temperature:g}", "control", budget, divided[None])
+        )
+    return found
+
+
+def noise_curve(
+    test: Activations, strengths: Sequence[float], *, seed: int, draws: int = RANDOM_DRAWS
+) -> StrengthCurve:
+    """Return the logits under draws of N(0, strength^2) on each; how often they change is `noise_flips`, exactly."""
+    z, keys = test.known_logits.astype(np.float64), range(len(test))
+    noise = np.stack(
+        [LogitNoise(1.0, seed=seed * 1009 + draw).changed(np.zeros_like(z), keys) for draw in range(draws)]
+    )
+    logits = z + np.array(strengths)[:, None, None, None] * noise
+    return StrengthCurve(
+        "logit-noise", "logits", GLOBAL, "random", "logit", tuple(strengths), logits, test.known_logits, test.targets
+    )
 
 
 def rounding_attacks(train: Activations, test: Activations, bits: Sequence[int], *, seed: int) -> list[Manipulation]:

@@ -143,7 +143,10 @@ def run(
     examples: Annotated[str | None, typer.Option(help="Test examples in the sweep, or 'all'. [64]")] = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="Families of attacks, with commas: logits, head, weight-noise, bits, activations."),
+        typer.Option(
+            help="Families of attacks, with commas: logits, head, weight-noise, pruning, random-bits, "
+            "adversarial-weights, bits, activations."
+        ),
     ] = None,
     methods: Annotated[
         str | None,

@@ -75,7 +75,7 @@ def show_plan(forecast: Forecast, workers: int, seconds_per_pass: float | None) 
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in forecast.stages:
         table.add_row(
-            stage.name + (", by the driver" if stage.in_driver else ""),
+            stage.name,
             f"{stage.items:,}",
             f"{stage.passes:,.0f}",
             in_words(stage.moved_bytes) if stage.moved_bytes else "-",
@@ -86,7 +86,8 @@ def show_plan(forecast: Forecast, workers: int, seconds_per_pass: float | None) 
     total = forecast.seconds_on(workers, pace)
     out.print(
         f"{workers} worker{'s' if workers > 1 else ''}, each {1 / pace:,.1f} examples a second ({here}): about "
-        f"{_duration(total)}, of which {START_SECONDS:.0f} s to start. Probes, rankings and measures come on top.",
+        f"{_duration(total)}, of which {START_SECONDS:.0f} s to start. Probes, rankings, measures and other attacks "
+        "come on top.",
         markup=False,
     )
     if forecast.disk_bytes:

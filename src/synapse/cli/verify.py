@@ -162,13 +162,16 @@ def _load(settings: Settings) -> tuple[Classifier, Examples]:
 def _checked(folder: Path, classifier: Classifier, examples: Examples) -> tuple[str, list[str]]:
     """Return how much an attack consists of, and what it does otherwise than stated."""
     from synapse.attack.bits.found import BitAttack
-    from synapse.attack.edits import HeadEdits, checked_flips
+    from synapse.attack.edits import HeadEdits
 
+    attack: BitAttack | HeadEdits
     if (folder / "flips.safetensors").is_file():
         attack = BitAttack.load(folder)
-        return f"{len(attack.flips)} flips", checked_flips(attack, classifier, examples)
-    edits = HeadEdits.load(folder)
-    return f"{len(edits)} pairs", edits.checked(classifier, examples)
+        size, unit = len(attack.flips), "flip"
+    else:
+        attack = HeadEdits.load(folder)
+        size, unit = len(attack), "pair"
+    return f"{size} {unit}{'s' * (size != 1)}", attack.checked(classifier, examples)
 
 
 def _print(line: str) -> None:

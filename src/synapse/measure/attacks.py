@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from synapse.measure.intervals import figure, rate, rates, resample
 from synapse.measure.outcomes import predictions
@@ -22,8 +22,8 @@ from synapse.types import (
     Figure,
     FlipCurve,
     Manipulation,
-    NoiseCurve,
     Redirection,
+    StrengthCurve,
     Transfer,
 )
 
@@ -42,13 +42,10 @@ _PAIRS_AT_ONCE = 4_000_000
 """Pairs of draw and example in the resamples that are held at once, at most."""
 
 
-def attack_table(
-    found: Attacks, test: Activations, noisy: Float[np.ndarray, "example label"], *, seed: int
-) -> pd.DataFrame:
+def attack_table(found: Attacks, test: Activations, *, seed: int) -> pd.DataFrame:
     """Return one row for each measured number of every attack; docs/run-folder.md lists the columns.
 
-    `test` are the examples that the attacks were scored on, `noisy` the clean logits of those that the noise curves ran
-    on.
+    `test` are the examples that the attacks were scored on; curves carry their own.
     """
     rows: list[dict[str, Any]] = []
     for attack in sorted({r.attack for r in found.redirections}):
@@ -58,8 +55,8 @@ def attack_table(
             rows += _redirection_rows(redirection, grid, seed=seed)
     for manipulation in found.manipulations:
         rows += _manipulation_rows(manipulation, test, seed=seed)
-    for curve in found.noise:
-        rows += _noise_rows(curve, noisy, seed=seed)
+    for curve in found.curves:
+        rows += _curve_rows(curve, test.labels, seed=seed)
     rows += [_bound_row(bound) for bound in found.bounds]
     rows += [_transfer_row(transfer) for transfer in found.transfers]
     for flips in found.flips:
@@ -177,8 +174,8 @@ def _shares(hits: Bool[np.ndarray, "set draw example"], *, unit: str, seed: int)
     return [figure(mean, n=n, unit=unit, bounds=(0, 1)) for mean in _two_way_means(hits, seed)]
 
 
-def _two_way_means(hits: Bool[np.ndarray, "set draw example"], seed: int) -> Float[np.ndarray, "set sample"]:
-    """Return the share of hits in the data and in resamples of both the draws and the examples.
+def _two_way_means(hits: Shaped[np.ndarray, "set draw example"], seed: int) -> Float[np.ndarray, "set sample"]:
+    """Return the mean of hits, or of what each loses, in the data and in resamples of both the draws and the examples.
 
     Draws of a random change differ from each other, so an interval over the examples alone would be too narrow.
     *Source*: Owen (2007), "The pigeonhole bootstrap", Annals of Applied Statistics 1.
@@ -259,27 +256,52 @@ def _over_draws(hits: Int[np.ndarray, "draw"], n: int, unit: str) -> Figure:
     return Figure(float(hits.mean() / n), float(hits.min() / n), float(hits.max() / n), n, unit)
 
 
-def _noise_rows(
-    curve: NoiseCurve, clean_logits: Float[np.ndarray, "example label"], *, seed: int
-) -> list[dict[str, Any]]:
-    maker = _Rows("weight-noise", curve.place, GLOBAL, GLOBAL, "random", "||dW||/||W||")
-    flipped = predictions(curve.logits) != predictions(clean_logits)  # (budget, draw, example)
-    n = flipped.shape[2]
-    rates = _two_way_means(flipped, seed).T  # (resample, budget)
-    rows = []
-    for b, budget in enumerate(curve.budgets):
-        rows.append(maker.row("flip_rate", budget, figure(rates[:, b], n=n, unit="predictions", bounds=(0, 1))))
-    for measure, share in SHARES.items():
-        rows.append(maker.row(measure, float("nan"), _crossing(rates, curve.budgets, share, n)))
+def _curve_rows(curve: StrengthCurve, labels: tuple[str, ...], *, seed: int) -> list[dict[str, Any]]:
+    """Return what each strength does, and the strengths at which half, and nearly all, of the predictions follow.
+
+    With a target those count that are of other classes and not predicted as it; without one all, and they follow where
+    they change. Logits that are infinite or no numbers predict nothing: that is a change, and wrong.
+    """
+    maker = _Rows(curve.attack, curve.location, GLOBAL, curve.target, curve.arm, curve.unit)
+    clean, now = predictions(curve.clean), _finite_predictions(curve.logits)
+    measure, unit, follows = "flip_rate", "predictions", now != clean  # (budget, draw, example)
+    if curve.target:
+        label = labels.index(curve.target)
+        asked = (curve.targets != label) & (clean != label)
+        measure, unit, follows = "success", "examples", now[:, :, asked] == label
+    n = follows.shape[2]
+    if n == 0:
+        return []
+    right = clean == curve.targets
+    lost = _two_way_means(right.astype(np.float32) - (now == curve.targets), seed)
+    measured = {
+        measure: _shares(follows, unit=unit, seed=seed),
+        "collateral": [figure(mean, n=len(clean), unit="accuracy", bounds=(-1, 1)) for mean in lost],
+        "nonfinite": _shares(now < 0, unit="predictions", seed=seed),
+    }
+    rows = [
+        maker.row(name, budget, each)
+        for name, figures in measured.items()
+        for budget, each in zip(curve.budgets, figures, strict=True)
+    ]
+    rates = _two_way_means(follows, seed).T  # (resample, budget)
+    for name, share in SHARES.items():
+        rows.append(maker.row(name, float("nan"), _crossing(rates, curve.budgets, share, n, curve.unit)))
     return rows
 
 
-def _crossing(rates: Float[np.ndarray, "draw budget"], budgets: Sequence[float], share: float, n: int) -> Figure:
-    """Return the budget at which the flip rate first reaches a share, between grid points on a logarithmic scale.
+def _finite_predictions(logits: Float[np.ndarray, "*lead label"]) -> Int[np.ndarray, "*lead"]:
+    """Return the predictions; -1 where a logit is infinite or no number."""
+    return np.where(np.isfinite(logits).all(axis=-1), predictions(logits), -1)
+
+
+def _crossing(
+    rates: Float[np.ndarray, "draw budget"], budgets: Sequence[float], share: float, n: int, unit: str
+) -> Figure:
+    """Return the budget at which a share of them first follows, between grid points on a logarithmic scale.
 
     Where the smallest budget tried reaches it already, that is the value, and the lower end of the interval is 0.
     """
-    unit = "||dW||/||W||"
     found = np.array([_first_crossing(row, np.log(budgets), share) for row in rates])
     if np.isnan(found[0]):
         return Figure(None, None, None, n, unit, f"not reached: {rates[0].max():.0%} at {budgets[-1]:g}")

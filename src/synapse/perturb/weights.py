@@ -4,17 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from synapse.errors import RestoreError, SettingsError
+from synapse.errors import RestoreError, SettingsError, near
 from synapse.model.classifier import Classifier, hash_tensors
 
 HEAD = "head"
 """The place of the final linear map; blocks are called `block 0`, `block 1`, ..."""
+
+Pruned = Literal["smallest", "largest", "random"]
+"""Which weights are set to zero: by their magnitude, or any."""
+PRUNED: tuple[Pruned, ...] = get_args(Pruned)
 
 
 def places(classifier: Classifier) -> tuple[str, ...]:
@@ -36,7 +41,9 @@ def weights_at(classifier: Classifier, place: str) -> dict[str, Tensor]:
     if place not in places(classifier):
         raise SettingsError(f"There are no weights at {place!r}; the places are {', '.join(places(classifier))}.")
     if place == HEAD:
-        return {"weight": classifier.head_weight()}
+        weight = getattr(classifier.final, "weight", None)  # itself, since gradients are asked for by it
+        assert isinstance(weight, Tensor)
+        return {"weight": weight}
     return _matrices(classifier, classifier.anatomy.blocks[int(place.split()[1])])
 
 
@@ -55,8 +62,8 @@ class WeightPerturbation(ABC):
     place: str
 
     @abstractmethod
-    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what is added to each weight matrix."""
+    def changed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what replaces each weight matrix."""
 
     def weights(self, classifier: Classifier) -> Mapping[str, Tensor]:
         """Return the weights that may change, by name: by default the matrices of the place."""
@@ -72,8 +79,8 @@ class WeightPerturbation(ABC):
         weights = self.weights(classifier)
         with put_back(weights, f"The weights at {self.place!r}", type(self).__name__) as saved:
             with torch.no_grad():
-                for name, change in self.changes(saved).items():
-                    weights[name].add_(change.to(weights[name]))
+                for name, changed in self.changed(saved).items():
+                    weights[name].copy_(changed)
             yield
 
 
@@ -106,14 +113,90 @@ class WeightNoise(WeightPerturbation):
     budget: float
     seed: int = 0
 
-    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the noise of each matrix; the draw depends on the seed and the matrix's position in the place."""
-        noise = {}
+    def changed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the noisy matrices; the draw depends on the seed and the matrix's position in the place."""
+        noisy = {}
         for position, (name, weight) in enumerate(weights.items()):
             draw = np.random.default_rng((self.seed, position)).standard_normal(weight.shape, dtype=np.float32)
-            direction = torch.from_numpy(draw).to(weight)
-            noise[name] = direction * (self.budget * weight.norm() / direction.norm())
-        return noise
+            noisy[name] = _moved(weight, torch.from_numpy(draw).to(weight), self.budget)
+        return noisy
+
+
+@dataclass(frozen=True, eq=False)
+class WeightStep(WeightPerturbation):
+    """Moves each weight matrix along a direction of its own, by `budget` = ||dW||_F / ||W||_F exactly.
+
+    A matrix without a direction, or with one of zeros, stays as it is.
+    """
+
+    budget: float
+    directions: Mapping[str, Tensor]
+
+    def changed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the moved matrices.
+
+        Raises:
+            SettingsError: a direction for a matrix that the place does not have.
+        """
+        for name in self.directions:
+            if name not in weights:
+                raise SettingsError(
+                    f"There is no weight matrix {name!r} at {self.place!r}; there are {', '.join(weights)}."
+                    f"{near(name, weights)}"
+                )
+        return {
+            name: _moved(weights[name], direction.to(weights[name]), self.budget)
+            for name, direction in self.directions.items()
+        }
+
+
+def _moved(weight: Tensor, direction: Tensor, budget: float) -> Tensor:
+    length = direction.norm()
+    moved: Tensor = weight + direction * (budget * weight.norm() / torch.where(length > 0, length, 1.0))
+    return moved
+
+
+@dataclass(frozen=True)
+class Pruning(WeightPerturbation):
+    """Sets a `share` of the weights of each matrix to zero: the smallest or the largest of it, or any at random.
+
+    Random ones are nested: with the same seed a larger share takes in the weights of a smaller one. Source of pruning
+    by magnitude: Han et al. (NeurIPS 2015), "Learning both weights and connections for efficient neural networks".
+    """
+
+    share: float
+    which: Pruned = "smallest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, once and where it is given.
+
+        Raises:
+            SettingsError: a share that is none, or an unknown choice of weights.
+        """
+        if not 0 <= self.share <= 1:
+            raise SettingsError(f"The share of weights is {self.share}; a number from 0 to 1 was expected.")
+        if self.which not in PRUNED:
+            raise SettingsError(
+                f"The weights to prune are {self.which!r}; one of {', '.join(PRUNED)} was expected."
+                f"{near(self.which, PRUNED)}"
+            )
+
+    def changed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the pruned matrices; so many weights of each are zero as the share of it is, to the nearest one."""
+        pruned = {}
+        for position, (name, weight) in enumerate(weights.items()):
+            n = round(self.share * weight.numel())
+            gone = self._order(weight, position).flatten().topk(n, largest=False, sorted=False).indices
+            pruned[name] = weight.flatten().index_fill(0, gone, 0.0).reshape(weight.shape)
+        return pruned
+
+    def _order(self, weight: Tensor, position: int) -> Tensor:
+        """Return numbers of which the smallest belong to the weights that go first."""
+        if self.which == "random":
+            draw = np.random.default_rng((self.seed, position)).random(weight.shape, dtype=np.float32)
+            return torch.from_numpy(draw).to(weight.device)
+        return weight.abs() if self.which == "smallest" else -weight.abs()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +223,10 @@ class HeadEdit(WeightPerturbation):
                 )
         return weights
 
-    def changes(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the changes as they were given."""
-        return {name: torch.from_numpy(change) for name, change in self._given.items()}
+    def changed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights with the changes added as they were given."""
+        given = {name: torch.from_numpy(change).to(weights[name]) for name, change in self._given.items()}
+        return {name: weights[name] + change for name, change in given.items()}
 
     @property
     def _given(self) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from synapse.report import figures
-from synapse.report.attacks import COLUMNS, cheapest_attacks
+from synapse.report.attacks import COLUMNS, PROTECTION_COLUMNS, cheapest_attacks, protections
 from synapse.report.findings import best_ranking, key_numbers, reaches_zero, sentences
 from synapse.report.run import Run, open_run
 from synapse.report.words import COMPONENTS, EVERY, few, interval, measured, number, sentence
@@ -110,6 +110,8 @@ def _context(run: Run, path: Path) -> dict[str, Any]:
         "judged": judged_rankings(run),
         "attack_columns": COLUMNS,
         "attacks": cheapest_attacks(run) if run.is_first else [],
+        "protection_columns": PROTECTION_COLUMNS,
+        "protections": protections(run.defence) if run.is_first else [],
         "top_units": top_units(run),
         "as_run": _as_run(run),
         "sites": _sites(run),

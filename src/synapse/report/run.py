@@ -49,6 +49,10 @@ _COLUMNS: Mapping[str, tuple[str, ...]] = {
         "budget_unit",
         *_INTERVAL,
     ),
+    "defence": (
+        *("what", "location", "chosen", "draw", "protected", "of", "before", "after"),
+        *("unit", "searched", "source", "target", "factor"),
+    ),
 }
 
 
@@ -231,6 +235,11 @@ class Run:
     def attack(self) -> pd.DataFrame:
         """One row per attack, arm, measure and budget."""
         return self._table("attack")
+
+    @cached_property
+    def defence(self) -> pd.DataFrame:
+        """One row per protection of the final map, and per random one beside it; empty where none was tried."""
+        return self._table("defence")
 
     @cached_property
     def clean_margin(self) -> float | None:

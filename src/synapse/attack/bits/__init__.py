@@ -22,7 +22,7 @@ twice that), the words (1 to 4 bytes), the block outputs of the fitting examples
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,14 +30,14 @@ import torch
 
 from synapse.attack.base import RANDOM_DRAWS
 from synapse.attack.bits.aim import usual_margin
-from synapse.attack.bits.candidates import random_flips
+from synapse.attack.bits.candidates import Place, places_of, random_flips
 from synapse.attack.bits.flipping import Flipping, Judge
 from synapse.attack.bits.found import BitAttack
 from synapse.attack.bits.runs import Aimed, runs_of
 from synapse.data.examples import Examples
 from synapse.errors import SettingsError, SplitError, near
 from synapse.model.classifier import Classifier, hash_tensors
-from synapse.perturb.bits import BitFlips, BitKind, Flip, Format, bit_positions, matrices, named_weights
+from synapse.perturb.bits import BitFlips, BitKind, Flip, Format, StoredWeight, bit_positions, matrices, named_weights
 from synapse.types import GLOBAL, Activations, Progress, silent
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ QUARTER = 4
 class BitSearch:
     """Progressive bit search in the weights whose names match `weights` (by default in all matrices).
 
-    `bits` are a kind of bits or their positions. With `finite`, no weight is made NaN or infinite. At each step the
+    `bits` are a kind of bits or their positions, and `protected` flips that may not be made, whatever their position:
+    those of bits that a checksum covers. With `finite`, no weight is made NaN or infinite. At each step the
     most promising flips are tried, `each_bit` of every bit position and `each_tensor` of every tensor: first on as many
     fitting examples as the first of the `heats` says; the best quarter on as many as the next
     says, and so on; the rest on all. Up to `together` of these are made, as long as each brings half as much as the
@@ -74,6 +75,7 @@ class BitSearch:
     number_format: Format = "int8"
     weights: tuple[str, ...] = ()
     bits: BitKind | tuple[int, ...] = "all"
+    protected: frozenset[Flip] = frozenset()
     finite: bool = True
     each_bit: int = 2
     each_tensor: int = 1
@@ -102,8 +104,8 @@ class BitSearch:
         on their features. What is attacked and what is collateral is judged by the model as stored, without a flip.
 
         Raises:
-            SettingsError: an unknown class, weight, format or kind of bits, no example to redirect, or activations
-                without features or of another model.
+            SettingsError: an unknown class, weight, format or kind of bits, a protected bit that is not there, no
+                example to redirect, or activations without features or of another model.
             SplitError: the attack would be scored on the examples that it was fitted to.
             ModelError: the gradient is not finite.
         """
@@ -112,6 +114,7 @@ class BitSearch:
         plain = BitFlips(self.number_format, names)
         weights = named_weights(classifier, names, self.number_format)
         stored, before = plain.stored(weights), hash_tensors(weights)
+        protected = _protected(self.protected, stored)
         with plain.applied(classifier), torch.inference_mode(False), classifier.studied():
             fit = Aimed.of(classifier, fitting, *ends, keeps=True)
             score = Aimed.of(classifier, scoring, *ends)
@@ -120,7 +123,7 @@ class BitSearch:
                     f"No fitting example of {source or 'any class'} can be redirected to {target or 'another class'}: "
                     "the stored model gets none right, or they go there already; give others."
                 )
-            flipping = Flipping(weights, stored, fit, score)
+            flipping = Flipping(weights, stored, fit, score, protected)
             stopped = self._search(flipping, bits, progress)
             after = hash_tensors(weights)
         return BitAttack(
@@ -132,6 +135,7 @@ class BitSearch:
             fitting=tuple(flipping.fitted),
             scoring=tuple(flipping.scored),
             stopped=stopped,
+            examples=_fingerprint(scoring),
             model=before,
             flipped=after,
         )
@@ -210,6 +214,24 @@ def positions(number_format: Format, bits: BitKind | tuple[int, ...]) -> tuple[i
     return bits
 
 
+def _protected(flips: frozenset[Flip], stored: Mapping[str, StoredWeight]) -> frozenset[Place]:
+    """Return where the protected bits are."""
+    for flip in flips:
+        weight = stored.get(flip.weight)
+        n_bits = 0 if weight is None else len(bit_positions(weight.number_format))
+        n_weights = 0 if weight is None else weight.words.numel()
+        if not (0 <= flip.index < n_weights and 0 <= flip.bit < n_bits):
+            raise SettingsError(
+                f"Bit {flip.bit} of weight {flip.index} in {flip.weight!r} was to be protected; a bit of a weight that "
+                f"is attacked was expected: these are in {', '.join([*stored][:4])}{', ...' * (len(stored) > 4)}."
+            )
+    return frozenset(places_of(flips, list(stored)))
+
+
+def _fingerprint(split: Examples | Activations) -> str:
+    return split.fingerprint if isinstance(split, Examples) else split.source
+
+
 def _classes(classifier: Classifier, source: str | None, target: str | None) -> tuple[int | None, int | None]:
     for name in (source, target):
         if name is not None and name not in classifier.labels:
@@ -230,14 +252,12 @@ def _names(
     scoring: Examples | Activations,
 ) -> tuple[str, ...]:
     """Return the weights that can be attacked with such splits."""
-    if isinstance(fitting, Examples) and isinstance(scoring, Examples):
-        if fitting.fingerprint == scoring.fingerprint:
-            raise SplitError("The flips would be scored on the examples that they are fitted to; give two splits.")
-        return matrices(classifier, patterns)
-    if not (isinstance(fitting, Activations) and isinstance(scoring, Activations)):
+    if isinstance(fitting, Activations) != isinstance(scoring, Activations):
         raise SettingsError("One split is activations and the other examples; give both as the one or as the other.")
-    if fitting.source == scoring.source:
+    if _fingerprint(fitting) == _fingerprint(scoring):
         raise SplitError("The flips would be scored on the examples that they are fitted to; give two splits.")
+    if not (isinstance(fitting, Activations) and isinstance(scoring, Activations)):
+        return matrices(classifier, patterns)
     for activations in (fitting, scoring):
         _check_features(classifier, activations)
     final = classifier.anatomy.final
@@ -269,18 +289,21 @@ def random_attacks(
 ) -> list[BitAttack]:
     """Return random flips of the same number, in the same weights and kinds of bits, scored without and with them.
 
+    Bits that were protected from the search are left out here too.
+
     Raises:
         SettingsError: fewer flips can be made than the attack has.
     """
     plain = replace(attack.perturbation, flips=())
     weights = named_weights(classifier, plain.weights, plain.number_format)
     bits, stored, before = positions(plain.number_format, search.bits), plain.stored(weights), hash_tensors(weights)
+    barred = _protected(search.protected, stored)
     with plain.applied(classifier), classifier.studied():
         scored = Aimed.of(classifier, scoring, *_classes(classifier, attack.source or None, attack.target or None))
         clean = scored.outcome()
-    found = []
+    found, n = [], len(attack.flips)
     for draw in range(draws):
-        flips = random_flips(stored, bits, len(attack.flips), finite=search.finite, seed=seed * 1009 + draw)
+        flips = random_flips(stored, bits, n, finite=search.finite, without=barred, seed=seed * 1009 + draw)
         perturbation = replace(plain, flips=flips)
         with perturbation.applied(classifier), classifier.studied():
             outcome = scored.outcome()
@@ -294,6 +317,7 @@ def random_attacks(
                 fitting=(),
                 scoring=(clean, outcome),
                 stopped=SPENT,
+                examples=_fingerprint(scoring),
                 model=before,
                 flipped=after,
             )

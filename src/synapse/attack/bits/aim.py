@@ -1,11 +1,29 @@
 """Whom an attack is about, what it is to lower, and what came of it."""
 
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from synapse.attack.base import attacked
+from synapse.attack.logits import gaps
+from synapse.types import Activations
+
+
+def nearest_pairs(recorded: Activations) -> list[tuple[int, int]]:
+    """Return the pairs of source and target, first those whose logits are nearest: whose right answers lack least.
+
+    What counts is what all but 5 % of them lack. Sources without a right answer have no pair.
+    """
+    lacking = {
+        (source, to): float(np.quantile(gaps(recorded.known_logits[chosen], to), 0.95))
+        for source, to in permutations(range(len(recorded.labels)), 2)
+        if len(chosen := attacked(recorded, source, to))
+    }
+    return sorted(lacking, key=lambda ends: lacking[ends])
 
 
 @dataclass(frozen=True)

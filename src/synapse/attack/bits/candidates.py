@@ -4,7 +4,7 @@ All bits of all weights are scored in chunks, so that memory is that of a chunk,
 gradient of one tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,12 @@ class Place(NamedTuple):
     tensor: int
     weight: int
     bit: int
+
+
+def places_of(flips: Iterable[Flip], names: Sequence[str]) -> list[Place]:
+    """Return where flips are, among tensors of these names."""
+    number = {name: position for position, name in enumerate(names)}
+    return [Place(number[flip.weight], flip.index, flip.bit) for flip in flips]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +56,14 @@ def best_flips(
     each_bit: int,
     each_tensor: int = 0,
     finite: bool = True,
-    without: Sequence[Place] = (),
+    without: Iterable[Place] = (),
 ) -> Candidates:
     """Return the flips with the largest first-order fall of the loss, -g * (w' - w).
 
     These are the `each_bit` best of every bit position and, in each tensor, the best bits of the `each_tensor` best
     weights. All weights are scored, in chunks of `CHUNK`; nothing of the size of weights times bits is kept. Equal
-    promises go to the lower place. With `finite`, flips whose value is NaN or infinite are left out; `without` are left
-    out too.
+    promises go to the lower place. With `finite`, flips whose value is NaN or infinite are left out; `without` (those
+    that are made already, and those of protected bits) are left out too.
 
     Raises:
         ModelError: a gradient is not finite.
@@ -67,12 +73,16 @@ def best_flips(
     if not np.isfinite(size):
         raise ModelError("The gradient of the loss is not finite, so flips cannot be ranked by it; leave some out.")
     size = size or 1.0
-    bits, made, offsets = sorted(set(bits)), set(without), offsets_of(stored)
-    of_bits = _Best(len(bits), each_bit + len(made))
+    bits, offsets = sorted(set(bits)), offsets_of(stored)
+    barred = np.array(sorted(place for place in without if place.bit in bits), dtype=np.int64).reshape(-1, 3)
+    of_bits = _Best(len(bits), each_bit)
     found: list[tuple[float, Place]] = []
     for number, (weight, gradient) in enumerate(zip(stored, gradients, strict=True)):
-        promises = _Promises(weight, gradient.flatten() / -size, torch.tensor(bits, device=gradient.device), finite)
-        of_tensor = _Best(1, each_tensor + len(made))
+        in_tensor = torch.from_numpy(barred[barred[:, 0] == number, 1:]).to(gradient.device)
+        promises = _Promises(
+            weight, gradient.flatten() / -size, torch.tensor(bits, device=gradient.device), finite, in_tensor
+        )
+        of_tensor = _Best(1, each_tensor)
         for start in range(0, gradient.numel(), CHUNK):
             index = torch.arange(start, min(start + CHUNK, gradient.numel()), device=gradient.device)
             promise = promises.of(index)
@@ -80,14 +90,13 @@ def best_flips(
             if each_tensor:
                 of_tensor.offer(promise.amax(dim=0, keepdim=True), start)
         if each_tensor:
-            found += _best_bits(promises, number, of_tensor.places(0), made, bits)[:each_tensor]
+            found += _best_bits(promises, number, of_tensor.places(0), bits)
     for row, bit in enumerate(bits):
         places = of_bits.places(row)
         tensor = np.searchsorted(offsets, places, side="right") - 1
         index = (places - offsets[tensor]).tolist()
         named = [Place(t, i, bit) for t, i in zip(tensor.tolist(), index, strict=True)]
-        promised = zip(of_bits.promise[row].tolist(), named, strict=False)
-        found += [(promise, place) for promise, place in promised if place not in made][:each_bit]
+        found += zip(of_bits.promise[row].tolist(), named, strict=False)
     largest = {place: promise * size for promise, place in found}
     order = sorted(largest)
     return Candidates(tuple(order), np.array([largest[place] for place in order]))
@@ -95,33 +104,38 @@ def best_flips(
 
 @dataclass(frozen=True, eq=False)
 class _Promises:
-    """The promises of flips in one tensor: `downhill` is the negative gradient, flat."""
+    """The promises of flips in one tensor: `downhill` is the negative gradient, flat.
+
+    `barred` flips, as weight and bit, in the order of the weights, may not be made.
+    """
 
     weight: StoredWeight
     downhill: Float[Tensor, "weight"]
     bits: Int[Tensor, "bit"]
     finite: bool
+    barred: Int[Tensor, "barred 2"]
 
     def of(self, index: Int[Tensor, "chosen"]) -> Float[Tensor, "bit chosen"]:
-        """Return the promise of every bit of some weights; -infinity where a flip may not be made."""
+        """Return the promise of every bit of some weights, in their order; -infinity where a flip may not be made."""
         values = self.weight.values_flipped(index[None], self.bits[:, None])
         promise = values.sub_(self.weight.values_at(index)).mul_(self.downhill[index])
         beyond = -torch.inf if self.finite else torch.inf
-        return promise.nan_to_num_(nan=beyond, posinf=beyond, neginf=-torch.inf)
+        promise.nan_to_num_(nan=beyond, posinf=beyond, neginf=-torch.inf)
+        if len(self.barred):
+            weight, bit = self.barred[torch.isin(self.barred[:, 0], index)].T.contiguous()
+            promise[torch.searchsorted(self.bits, bit), torch.searchsorted(index, weight)] = -torch.inf
+        return promise
 
 
 def _best_bits(
-    promises: _Promises, number: int, index: Int[np.ndarray, "chosen"], made: set[Place], bits: Sequence[int]
+    promises: _Promises, number: int, index: Int[np.ndarray, "chosen"], bits: Sequence[int]
 ) -> list[tuple[float, Place]]:
-    """Return the best bit of each of some weights, best first, leaving out what is made."""
+    """Return the best bit of each of some weights."""
+    index = np.sort(index)
     table = promises.of(torch.from_numpy(index).to(promises.bits.device)).cpu().numpy()
-    for place in made:
-        if place.tensor == number:
-            table[bits.index(place.bit), index == place.weight] = -np.inf
     best = table.argmax(axis=0)
     largest = table[best, np.arange(len(index))]
-    order = [i for i in np.argsort(-largest, kind="stable") if largest[i] > -np.inf]
-    return [(float(largest[i]), Place(number, int(index[i]), bits[best[i]])) for i in order]
+    return [(float(largest[i]), Place(number, int(index[i]), bits[best[i]])) for i in range(len(index))]
 
 
 def offsets_of(stored: Sequence[StoredWeight]) -> Int[np.ndarray, "boundary"]:
@@ -143,6 +157,8 @@ class _Best:
 
     def offer(self, promise: Float[Tensor, "row weight"], first: int) -> None:
         """Take over what is better than the worst that is kept, of weights that follow one another from `first` on."""
+        if self.promise.shape[1] == 0:
+            return
         worst = self.promise[:, -1]
         rows = np.flatnonzero(promise.amax(dim=1).cpu().numpy() > worst)
         if len(rows) == 0:
@@ -158,11 +174,17 @@ class _Best:
 
 
 def random_flips(
-    stored: Mapping[str, StoredWeight], bits: Sequence[int], n: int, *, finite: bool = True, seed: int
+    stored: Mapping[str, StoredWeight],
+    bits: Sequence[int],
+    n: int,
+    *,
+    finite: bool = True,
+    without: Iterable[Place] = (),
+    seed: int,
 ) -> tuple[Flip, ...]:
     """Return n distinct flips, each bit of each weight with the same chance, in random order.
 
-    With `finite`, flips whose value is NaN or infinite are left out.
+    With `finite`, flips whose value is NaN or infinite are left out; `without` are left out too.
 
     Raises:
         SettingsError: there are not so many.
@@ -170,13 +192,17 @@ def random_flips(
     names = list(stored)
     offsets = offsets_of(list(stored.values()))
     total = int(offsets[-1]) * len(bits)
+    row = {bit: number for number, bit in enumerate(bits)}
+    barred = [(offsets[p.tensor] + p.weight) * len(bits) + row[p.bit] for p in without if p.bit in row]
     # Twice as many, since some may be left out; where that is not enough, all there are.
     for size in (min(total, 2 * n + 16), total):
         drawn = np.random.default_rng(seed).choice(total, size, replace=False)
         place, bit = drawn // len(bits), np.asarray(bits)[drawn % len(bits)]
         tensor = np.searchsorted(offsets, place, side="right") - 1
         index = place - offsets[tensor]
-        allowed = _is_finite(stored, tensor, index, bit) if finite else np.ones(size, dtype=bool)
+        allowed = ~np.isin(drawn, np.array(barred, dtype=np.int64))
+        if finite:
+            allowed &= _is_finite(stored, tensor, index, bit)
         kept = np.flatnonzero(allowed)[:n]
         if len(kept) == n:
             return tuple(Flip(names[tensor[i]], int(index[i]), int(bit[i])) for i in kept)

@@ -1,6 +1,6 @@
 """Stored weights in place in the model, bits of which are flipped one after the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from synapse.attack.bits.aim import Loss, Outcome
-from synapse.attack.bits.candidates import Place, best_flips
+from synapse.attack.bits.candidates import Place, best_flips, places_of
 from synapse.attack.bits.runs import Aimed
 from synapse.perturb.bits import Flip, StoredWeight
 
@@ -53,13 +53,14 @@ def _evenly(n: int, capacities: Sequence[int]) -> list[int]:
 class Flipping:
     """Stored weights in place in the model, bits of which are flipped one after the other, and what comes of it.
 
-    `logits` are those of the fitting examples under the present weights.
+    No flip is made at a place in `protected`. `logits` are those of the fitting examples under the present weights.
     """
 
     weights: Mapping[str, Tensor]
     stored: dict[str, StoredWeight]
     fitting: Aimed
     scoring: Aimed
+    protected: Collection[Place] = ()
     flips: list[Flip] = field(default_factory=list)
     fitted: list[Outcome] = field(default_factory=list)
     scored: list[Outcome] = field(default_factory=list)
@@ -74,10 +75,10 @@ class Flipping:
     def candidates(
         self, loss: Loss, bits: Sequence[int], *, each_bit: int, each_tensor: int, finite: bool
     ) -> list[Flip]:
-        """Return the flips that promise most and have not been made, without hopeless ones."""
+        """Return the flips that promise most and may still be made, without hopeless ones."""
         names = list(self.weights)
         gradients = self.fitting.runs.gradients(loss, loss.lacking(self.logits), list(self.weights.values()))
-        made = [Place(names.index(flip.weight), flip.index, flip.bit) for flip in self.flips]
+        made = places_of(self.flips, names)
         found = best_flips(
             [self.stored[name] for name in names],
             gradients,
@@ -85,7 +86,7 @@ class Flipping:
             each_bit=each_bit,
             each_tensor=each_tensor,
             finite=finite,
-            without=made,
+            without={*made, *self.protected},
         )
         promises = found.promise.clip(max=loss.value(self.logits))  # the loss cannot fall by more
         best = {place.bit: promise for promise, place in sorted(zip(promises.tolist(), found.places, strict=True))}

@@ -1,20 +1,25 @@
-"""A found attack: flips in their order, what they did, and how they are kept, applied and taken off."""
+"""A found attack: flips in their order, what they did, and how they are kept, applied, checked and taken off."""
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from synapse.attack.bits.aim import Outcome
+from synapse.attack.bits.checks import check_examples, differences, tolerance_of
+from synapse.attack.bits.runs import Aimed
+from synapse.data.examples import Examples
 from synapse.errors import RunFolderError, SettingsError
 from synapse.integrity import flaws, seal, write_whole
 from synapse.model.classifier import Classifier, hash_tensors
 from synapse.perturb.bits import BitFlips, Flip, named_weights
+from synapse.types import GLOBAL
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,8 @@ class BitAttack:
     """Flips in the order in which they were found, with their outcomes after `after[i]` of them.
 
     `arm` is `attack` or `random`; the random one has no fitting examples. `source` and `target` are empty for "every
-    class" and "no target". `model` is the SHA-256 of the attacked weights before, `flipped` that of the same weights
-    with all flips applied.
+    class" and "no target". `examples` is the fingerprint of the scoring examples, `model` the SHA-256 of the attacked
+    weights before, and `flipped` that of the same weights with all flips applied.
     """
 
     perturbation: BitFlips
@@ -34,6 +39,7 @@ class BitAttack:
     fitting: tuple[Outcome, ...]
     scoring: tuple[Outcome, ...]
     stopped: str
+    examples: str
     model: str
     flipped: str
 
@@ -58,16 +64,50 @@ class BitAttack:
         Raises:
             SettingsError: the classifier's weights are not those, or they do not become what they became.
         """
+        weights = self._weights(classifier)
+        with self.perturbation.applied(classifier):
+            if hash_tensors(weights) != self.flipped:
+                raise SettingsError("The flipped weights are not those that were attacked; search for the flips again.")
+            yield
+
+    def checked(self, classifier: Classifier, examples: Examples) -> list[str]:
+        """Return what the flips do otherwise than stated, in a sentence; nothing where they do what they did.
+
+        Compared is what all of them together did to the scoring examples. Counts may differ by the examples that are
+        too close to a tie to be predicted alike on every machine.
+
+        Raises:
+            SettingsError: the weights, the classes or the examples are others than those that the counts are of.
+        """
+        self._weights(classifier)
+        source, target = (self._class(classifier, name) for name in (self.source, self.target))
+        check_examples(examples, self.examples, "flips")
+        with replace(self.perturbation, flips=()).applied(classifier), classifier.studied():
+            scored = Aimed.of(classifier, examples, source, target)
+            clean = scored.runs.logits()
+        with self.applied(classifier), classifier.studied():
+            flipped = scored.runs.logits()
+        name = f"{self.source or 'every class'} -> {self.target or 'another class'}"
+        return differences(name, self.scoring[-1], scored.aim, tolerance_of(classifier), clean, flipped)
+
+    def _weights(self, classifier: Classifier) -> dict[str, Tensor]:
+        """Return the weights that are attacked, once they are proved to be those that the flips were found for."""
         weights = named_weights(classifier, self.perturbation.weights, self.perturbation.number_format)
         if hash_tensors(weights) != self.model:
             raise SettingsError(
                 f"These flips were found for other weights than those of {classifier.name!r}; load the model they were "
                 "found for, or apply `.perturbation`, which does not check."
             )
-        with self.perturbation.applied(classifier):
-            if hash_tensors(weights) != self.flipped:
-                raise SettingsError("The flipped weights are not those that were attacked; search for the flips again.")
-            yield
+        return weights
+
+    def _class(self, classifier: Classifier, name: str) -> int | None:
+        """Return the position of a class, None for every one."""
+        if name not in (GLOBAL, *classifier.labels):
+            raise SettingsError(
+                f"The flips are about the class {name!r}; the classes of {classifier.name!r} are "
+                f"{', '.join(classifier.labels)}. Pass the names that they were found with as `labels`."
+            )
+        return None if name == GLOBAL else classifier.labels.index(name)
 
     def save(self, folder: Path | str) -> None:
         """Write the attack into a folder: `attack.json`, `flips.safetensors` and, last, their checksums."""
@@ -82,8 +122,9 @@ class BitAttack:
             **{name: _rows(getattr(self, name)) for name in ("fitting", "scoring")},
         }
         save_file(arrays, folder / "flips.safetensors")
-        words = {name: getattr(self, name) for name in ("source", "target", "arm", "stopped", "model", "flipped")}
-        told = {**words, "number_format": self.perturbation.number_format, "weights": list(names)}
+        words = ("source", "target", "arm", "stopped", "examples", "model", "flipped")
+        told = {name: getattr(self, name) for name in words}
+        told |= {"number_format": self.perturbation.number_format, "weights": list(names)}
         write_whole(folder / "attack.json", json.dumps(told, indent=1) + "\n")
         seal(folder)
 
