@@ -140,7 +140,7 @@ def test_a_draw_that_does_not_converge_costs_a_study_its_draws_only(tmp_path, mo
     def stop(*_, **__):
         raise ConvergenceError("The probe of layer 0 stopped.")
 
-    monkeypatch.setattr(synapse.study, "rank_stability", stop)
+    monkeypatch.setattr("synapse.study.rank_stability", stop)
     run = study(tmp_path / "run", methods=("linear",), kinds=("zero",))
     assert json.loads((run / "scorecard.json").read_text())["rank_stability"] == {}
     assert "The probe of layer 0 stopped. The study goes on without draws." in caplog.messages

@@ -193,8 +193,8 @@ def test_a_cluster_that_is_not_there_cannot_be_joined(monkeypatch):
     with pytest.raises(ResourceError) as caught, RayExecutor(workers=1, address="127.0.0.1:9"):
         pass
     assert str(caught.value) == (
-        "There is no Ray cluster to join at '127.0.0.1:9' (nobody answers); start one with `ray start --head`, or give "
-        "no address to use this machine alone."
+        "There is no Ray cluster to join at '127.0.0.1:9' (nobody answers); start one with `ray start --head`, set "
+        "RAY_AUTH_MODE=token if it asks for its token, or give no address to use this machine alone."
     )
 
 
