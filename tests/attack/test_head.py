@@ -168,7 +168,7 @@ def test_several_keys_keep_the_means_of_the_other_classes(splits):
 
 
 def test_controls_have_the_same_rows_features_and_norm(splits, weight, monkeypatch):
-    import synapse.attack.head as module
+    import synapse.attack.head.redirect as module
 
     seen, good = [], module._along
 
