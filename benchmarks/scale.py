@@ -25,7 +25,7 @@ from synapse.execute import Executor, SerialExecutor
 from synapse.forecasting import Stage
 from synapse.model.resume import clean_pass
 from synapse.ranking import Ranking
-from synapse.sweeping import Grid, Reach, cost_of
+from synapse.sweeping import KINDS, Grid, Reach, cost_of
 
 OURS, ALONE, ONE = "synapse", "this process", "one worker"
 WORKERS = 2
@@ -42,13 +42,14 @@ class Work:
 
 
 def sweep_of_a_study(quick: bool) -> Work:
-    """Return a sweep with the default grid of a study."""
-    setting = minilm(Place(quick=quick), 16 if quick else 256)
+    """Return a sweep with the default grid of a study, cut to three sizes of sets and one kind."""
+    setting = minilm(Place(quick=quick), 16 if quick else 48)
     classifier = setting.classifier
     recorded = syn.record(classifier, setting.examples)
     scores = np.random.default_rng(5).random((classifier.n_layers, 1 + len(classifier.labels), classifier.width))
     ranking = Ranking("order drawn at random", scores, classifier.labels, "no examples")
-    cells = syn.plan(ranking, Grid(random_sets=10))
+    grid = Grid(fractions=(0.1, 0.5, 0.9), bottom_fractions=(0.5,), kinds=KINDS[:1])
+    cells = syn.plan(ranking, grid)
     first = next(iter(classifier.batches(setting.examples.inputs[:1])))
     reach = Reach.of(classifier, "residual", clean_pass(classifier, first, reuse="residual"))
     cost = cost_of(cells, len(setting.examples), reach)
@@ -61,13 +62,13 @@ def sweep_of_a_study(quick: bool) -> Work:
             classifier, setting.examples, ranking, reference=recorded, cells=cells, executor=executor
         ).logits
 
-    words = f"{len(cells)} cells of a study's default grid; {setting.description}"
+    words = f"{len(cells)} cells of a study's grid; {setting.description}"
     return Work(run, stage, _pace(setting), words)
 
 
 def recording(quick: bool) -> Work:
     """Return the recording of all layers."""
-    setting = minilm(Place(quick=quick), 16 if quick else 8192)
+    setting = minilm(Place(quick=quick), 16 if quick else 4096)
     n_windows = -(-len(setting.examples) // 1024)
 
     def run(executor: Executor | None) -> np.ndarray:

@@ -7,7 +7,7 @@ python examples/cheapest_attacks.py --tables protect --model path/to/model --tra
 # ruff: noqa: T201
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,9 @@ class Subject:
     test: syn.Examples
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make the tables that were asked for, print them, and write them where they were asked for."""
-    options = _parser().parse_args()
+    options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     parts: dict[str, list[str]] = {name: [] for name in options.tables}
     for subject in _subjects(options):

@@ -191,6 +191,10 @@ def test_log_odds_are_those_of_the_softmax():
 def test_wrong_calls_get_one_clear_sentence(classifier):
     with pytest.raises(SettingsError, match="No intervention was given; one or more were expected"):
         what_if(classifier, "one bad thing", [])
+    with pytest.raises(SettingsError, match="The seed is -1; 0 or more was expected"):
+        what_if(classifier, "one bad thing", [Zero(B)], seed=-1)
+    with pytest.raises(SettingsError, match="1 random controls were given; 10 or more say something about chance"):
+        what_if(classifier, "one bad thing", [Zero(B)], controls=[[Zero(B)]])
     with pytest.raises(SettingsError, match="9 random draws were asked for; 10 or more say something about chance"):
         what_if(classifier, "one bad thing", [Zero(B)], draws=9)
     with pytest.raises(SettingsError, match="Layer 3 was asked for"):

@@ -223,7 +223,7 @@ def what_if(
     the whole input when a word is left out, so that the two differ in the word alone.
 
     Raises:
-        SettingsError: no intervention, fewer than 10 draws, or one that the classifier cannot be given.
+        SettingsError: no intervention, fewer than 10 draws or controls, or one that the classifier cannot be given.
     """
     if not interventions:
         raise SettingsError("No intervention was given; one or more were expected, such as `Zero(neurons)`.")
@@ -239,6 +239,11 @@ def what_if(
             [replace(each, neurons=neurons) for each, neurons in zip(interventions, drawn, strict=True)]
             for drawn in sets
         ]
+    elif 0 < len(controls) < LEAST_DRAWS:
+        raise SettingsError(
+            f"{len(controls)} random controls were given; {LEAST_DRAWS} or more say something about chance, none at all "
+            "leave it open."
+        )
     drawn_logits = np.empty((len(controls), len(classifier.labels)), dtype=np.float32)
     for draw, control in enumerate(controls):
         with classifier.edited(*control):
@@ -266,10 +271,12 @@ def random_sets(
     Equal sets get equal random ones. There are none where all sets are whole sites.
 
     Raises:
-        SettingsError: fewer than 10 draws.
+        SettingsError: fewer than 10 draws, or a negative seed.
     """
     if draws < LEAST_DRAWS:
         raise SettingsError(f"{draws} random draws were asked for; {LEAST_DRAWS} or more say something about chance.")
+    if seed < 0:
+        raise SettingsError(f"The seed is {seed}; 0 or more was expected.")
     widths = [classifier.sites(each.component)[each.layer].width for each in neurons]
     if all(len(each) == width for each, width in zip(neurons, widths, strict=True)):
         return []

@@ -146,7 +146,7 @@ class LiveRuns(Runs):
         """Return these runs, which share what they find out with the other ones."""
         return replace(self, _whole=other._whole) if isinstance(other, LiveRuns) else self
 
-    def _gathered(self, logits: Sequence[Float[Tensor, "batch label"]]) -> Float[np.ndarray, "example label"]:
+    def _gathered(self, logits: Sequence[Float[Tensor, "_ label"]]) -> Float[np.ndarray, "example label"]:
         found = np.empty((len(self.targets), len(self.classifier.labels)), dtype=np.float32)
         for batch, some in zip(self.batches, logits, strict=True):
             found[batch.index] = some.float().cpu().numpy()
