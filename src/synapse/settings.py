@@ -11,6 +11,7 @@ import yaml
 from synapse.attack.families import FAMILIES
 from synapse.attack.noise import DRAWS
 from synapse.data.tables import is_elsewhere
+from synapse.elsewhere import only_here, place_of
 from synapse.errors import SettingsError, near
 from synapse.execute import Executor, RayExecutor, SerialExecutor
 from synapse.ranking import METHODS
@@ -52,7 +53,9 @@ class Settings(pydantic.BaseModel):
     mlp: str | None = pydantic.Field(None, description="the down projection's name inside a block, where not found")
     attention: str | None = pydantic.Field(None, description="the output projection's name inside a block")
     final: str | None = pydantic.Field(None, description="the linear map that gives the logits, where not found")
-    out: Path | None = pydantic.Field(None, description="run folder to make")
+    out: Path | str | None = pydantic.Field(
+        None, description="run folder to make: a path, or the URL of a place that fsspec knows (s3://bucket/run)"
+    )
     overwrite: bool = pydantic.Field(False, description="replace a run that is there")
     cache: Path | None = pydantic.Field(
         None, description="folder where recordings are kept and found again (none: in memory, for this study alone)"
@@ -113,6 +116,11 @@ class Settings(pydantic.BaseModel):
     )
     noise_draws: int = pydantic.Field(DRAWS, ge=2, description="draws of weight noise of every size")
 
+    @pydantic.field_validator("out", mode="before")
+    @classmethod
+    def _here_or_elsewhere(cls, out: object) -> object:
+        return place_of(out) if isinstance(out, (Path, str)) else out
+
     @pydantic.field_validator("train_examples", "examples", "attack_examples")
     @classmethod
     def _positive(cls, amount: Amount) -> Amount:
@@ -145,7 +153,9 @@ class Settings(pydantic.BaseModel):
     @pydantic.field_validator("cache", mode="before")
     @classmethod
     def _off_is_none(cls, cache: object) -> object:
-        return None if cache in ("off", False) else cache  # YAML reads `off` as false
+        if cache in ("off", False):  # YAML reads `off` as false
+            return None
+        return only_here(cache, "recordings") if isinstance(cache, (Path, str)) else cache
 
     @pydantic.field_validator("attacks")
     @classmethod

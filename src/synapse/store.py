@@ -1,4 +1,4 @@
-"""The run folder: what one study leaves behind. Written beside, then renamed, so that a half-written run is never read.
+"""The run folder: what one study leaves behind, on this machine or elsewhere. A half-written run is never read.
 
 ```text
 RUN/manifest.json      settings, seeds, versions, hashes, timings
@@ -11,6 +11,7 @@ RUN/checksums.json     size and SHA-256 of every file but the reports
 """
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -24,44 +25,57 @@ import pandas as pd
 import zarr
 from jaxtyping import Int
 
+from synapse.elsewhere import PAGES, check_writable, names_at, place_of, publish
 from synapse.errors import RunFolderError
 from synapse.integrity import seal
 from synapse.types import Sweep
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of the run folder's format; docs/run-folder.md describes it."""
 
 
 @contextmanager
-def new_run(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, and move it there when the block ends well; otherwise it is removed.
+def new_run(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder, and put it at `path` when the block ends well; otherwise it is removed.
+
+    On this machine it lies beside `path` and is renamed. Elsewhere it is published file by file, the seal last; where
+    that fails, the temporary folder stays, since it holds the whole run, and the log says where.
 
     Raises:
-        RunFolderError: something is at `path` already that is no run folder, or one and `overwrite` is not set.
+        RunFolderError: something is at `path` already that is no run folder, or one and `overwrite` is not set; or a
+            place elsewhere cannot be written to.
     """
     check_free(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    place = place_of(path)
+    draft = _draft(place)
     try:
         yield draft
-        seal(draft, without=[page.name for page in draft.glob("report*.html")])  # they may be drawn again
-        if path.exists():
-            shutil.rmtree(path)
-        draft.chmod(0o755)
-        draft.rename(path)
-    finally:
+        seal(draft, without=[page.name for page in draft.glob(PAGES)])
+        if isinstance(place, Path):
+            _move(draft, place)
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        raise
+    if isinstance(place, str):
+        _send(draft, place)
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place for a run that would cost somebody their files."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    is_run = (path / "manifest.json").is_file() and (path / "scorecard.json").is_file()
-    if not is_run:
-        raise RunFolderError(f"{str(path)!r} exists and is no run folder; give another place with --out.")
-    if not overwrite:
-        raise RunFolderError(f"{str(path)!r} already holds a run; give another place with --out, or --overwrite.")
+def check_free(path: Path | str, *, overwrite: bool) -> None:
+    """Refuse a place for a run that would cost somebody their files, or one elsewhere that cannot be written to.
+
+    Raises:
+        RunFolderError: as the message says.
+    """
+    place = place_of(path)
+    names = names_at(place) if isinstance(place, str) else _names_in(place)
+    if names and not {"manifest.json", "scorecard.json"} <= names:
+        raise RunFolderError(f"{str(place)!r} exists and is no run folder; give another place with --out.")
+    if names and not overwrite:
+        raise RunFolderError(f"{str(place)!r} already holds a run; give another place with --out, or --overwrite.")
+    if isinstance(place, str):
+        check_writable(place)  # now, and not after hours
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -89,6 +103,37 @@ def write_logits(run: Path, sweep: Sweep, rows: Int[np.ndarray, "example"]) -> N
         ("rows", np.asarray(rows, dtype=np.int64)),
     ):
         group.create_array(name, data=values)
+
+
+def _draft(place: Path | str) -> Path:
+    """Return a new temporary folder: where it can be renamed to a place of this machine, or just somewhere."""
+    if isinstance(place, str):
+        return Path(tempfile.mkdtemp(prefix="synapse-run-"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+
+
+def _move(draft: Path, place: Path) -> None:
+    if place.exists():
+        shutil.rmtree(place)
+    draft.chmod(0o755)
+    draft.rename(place)
+
+
+def _send(draft: Path, url: str) -> None:
+    try:
+        publish(draft, url)
+    except BaseException:
+        log.warning("The run is not at %s; it is whole in %s.", url, draft)
+        raise
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _names_in(place: Path) -> set[str]:
+    """Return what is in a folder; the name of a file for the file."""
+    if not place.is_dir():
+        return {place.name} if place.exists() else set()
+    return {path.name for path in place.iterdir()}
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A study, from a classifier and examples to a run folder: the only file that knows the order of the stages."""
 
+import hashlib
 import logging
 import math
 import platform
@@ -24,6 +25,7 @@ from synapse.attack.edits import HeadEdits, fit_head_edits
 from synapse.attack.families import Target, find_attacks
 from synapse.attack.head import FittedStep
 from synapse.data.examples import Examples, sample_examples, shared_inputs
+from synapse.elsewhere import place_of
 from synapse.errors import ConvergenceError, RestoreError, SettingsError, SplitError
 from synapse.execute import Executor
 from synapse.forecasting import amount
@@ -38,7 +40,7 @@ from synapse.probe.probe import Probes, fit_probes, refit_probes
 from synapse.ranking import METHODS, Ranking, rank
 from synapse.ranking.bootstrap import RankStability, rank_stability, runs_the_model
 from synapse.ranking.statistics import RandomOrder
-from synapse.recording import record_components
+from synapse.recording import default_shelf, record_components
 from synapse.report.html import write_report
 from synapse.settings import Amount, Settings
 from synapse.store import FORMAT, check_free, new_run, write_json, write_logits, write_table
@@ -57,6 +59,7 @@ StageProgress = Callable[[str, int, int], None]
 """Called with the stage's name, the work done and the work there is."""
 
 T = TypeVar("T")
+Place = TypeVar("Place", bound=Path | str)
 
 
 def run_study(
@@ -65,15 +68,17 @@ def run_study(
     test: Examples,
     *,
     settings: Settings,
-    out: Path,
+    out: Place,
     executor: Executor | None = None,
     progress: StageProgress = lambda _stage, _done, _total: None,
     command: str = "",
-) -> Path:
-    """Study a classifier and leave a run folder at `out`; nothing is left there if the study does not end well.
+) -> Place:
+    """Study a classifier and return `out`, where its run folder is; nothing is left there if the study ends otherwise.
 
-    What its sweeps have done by then lies beside it, in `.NAME-sweep`, from where the same study goes on. `executor`
-    runs what takes long (recording, probes and their refits, sweeps, attacks): by default this process.
+    `out` is a path or, for a place elsewhere, a URL that fsspec knows, such as `s3://bucket/run`. What the sweeps have
+    done lies beside the run, in `.NAME-sweep`, from where the same study goes on after it was killed; for a run
+    elsewhere it lies in the cache, `settings.cache` or else `$SYNAPSE_CACHE`. `executor` runs what takes long
+    (recording, probes and their refits, sweeps, attacks): by default this process.
 
     Neurons are ranked and attacks are fitted on `train`; everything is measured on `test`. The classifier's weights are
     compared by SHA-256 before and after.
@@ -83,7 +88,6 @@ def run_study(
         LabelError, SettingsError, RunFolderError: as the message says, before anything is computed.
         RestoreError: the classifier did not come back as it was.
     """
-    out = Path(out)
     check_free(out, overwrite=settings.overwrite)
     if train.fingerprint == test.fingerprint:
         raise SplitError(
@@ -98,8 +102,7 @@ def run_study(
     swept = test.take(rows)
     attacked = _sample(swept, classifier, settings.attack_examples, settings.seed)
     timer, seed = _Timer(progress), settings.seed
-    # Beside the run, so that the same study goes on there if it is killed in its longest stage.
-    unfinished = out.with_name(f".{out.name}-sweep")
+    unfinished = _unfinished(out, settings)
     weights_hash = classifier.weights_hash()
 
     recorded = timer.stage("record", lambda step: _record_both(classifier, train, test, settings, executor, step))
@@ -158,6 +161,17 @@ def run_study(
         write_report(draft)
     shutil.rmtree(unfinished, ignore_errors=True)
     return out
+
+
+def _unfinished(out: Path | str, settings: Settings) -> Path:
+    """Return where sweeps are kept until the study ends, so that it goes on there if it is killed in its longest stage.
+
+    The place is made from that of the run alone.
+    """
+    place = place_of(out)
+    if isinstance(place, Path):
+        return place.with_name(f".{place.name}-sweep")
+    return (settings.cache or default_shelf()) / f".{hashlib.sha256(place.encode()).hexdigest()[:32]}-sweep"
 
 
 @dataclass(frozen=True, eq=False)

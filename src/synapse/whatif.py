@@ -241,8 +241,8 @@ def what_if(
         ]
     elif 0 < len(controls) < LEAST_DRAWS:
         raise SettingsError(
-            f"{len(controls)} random controls were given; {LEAST_DRAWS} or more say something about chance, none at all "
-            "leave it open."
+            f"{len(controls)} random controls were given; {LEAST_DRAWS} or more say something about chance, none at "
+            "all leave it open."
         )
     drawn_logits = np.empty((len(controls), len(classifier.labels)), dtype=np.float32)
     for draw, control in enumerate(controls):

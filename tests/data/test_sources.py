@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 
 from synapse.data.reading import read_examples
-from synapse.data.sources import as_written
+from synapse.elsewhere import as_written
 from synapse.errors import DataError
 
 TABLE = pd.DataFrame({"text": ["NA", 'a, "b"\nc', "naïve ☕"], "label": ["x", "1", "null"]})

@@ -125,7 +125,9 @@ def run(
     ids: Annotated[str | None, typer.Option(help="Column of token ids.", rich_help_panel=INPUTS)] = None,
     label: Annotated[str | None, typer.Option(help="Column of the labels. [label]", rich_help_panel=INPUTS)] = None,
     labels: Annotated[str | None, typer.Option(help="Class names in the order of the logits, with commas.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make. [runs/NAME]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder to make, or the URL of one elsewhere (s3://...). [runs/NAME]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that is there.")] = False,
     cache: Annotated[
         str | None,
@@ -247,10 +249,10 @@ def run(
         values["cache"] = cache or default_shelf()
     finished = _study(make_settings(**values))
     terminal.show_run(finished)
-    terminal.out.print(f"\nReport: {finished / 'report.html'}")
+    terminal.out.print(f"\nReport: {finished}/report.html", markup=False)
 
 
-def _study(settings: Any) -> Path:
+def _study(settings: Any) -> Path | str:
     """Load what the settings name, say what is planned, and run it."""
     from synapse.cli.loading import check_named, load_study
     from synapse.forecasting import forecast
@@ -340,9 +342,11 @@ def demo(
     Example: `synapse demo --out runs/demo`
     """
     from synapse.demo.study import run_demo
+    from synapse.elsewhere import only_here
     from synapse.report.compare import comparison_table, write_comparison
     from synapse.settings import make_settings
 
+    out = only_here(out, "a demonstration")
     given = {"executor": executor.value if executor else "serial", "workers": workers}
     with make_settings(**given).opened_executor() as opened, terminal.stage_progress() as progress:
         runs = run_demo(out, seed=seed, executor=opened, progress=progress)
@@ -357,8 +361,10 @@ def demo(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Path | None, typer.Option(help="HTML file to write. [RUN/report.html]")] = None,
+    run: Annotated[str, typer.Argument(help="Run folder, or the URL of one elsewhere.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write. [RUN/report.html; of a run elsewhere: NAME-report.html]")
+    ] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for figures as SVG, for papers.")] = None,
 ) -> None:
     """Write the report of a run again, from its folder alone.
@@ -375,7 +381,7 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders.")],
+    runs: Annotated[list[str], typer.Argument(help="Two or more run folders, or URLs of such.")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.html and comparison.json.")] = Path(
         "runs/comparison"
     ),

@@ -15,7 +15,7 @@ from rich.table import Table
 from synapse.errors import RunFolderError
 from synapse.forecasting import START_SECONDS, Forecast
 from synapse.recording import Recording, in_words
-from synapse.report.findings import key_numbers, summary_lines
+from synapse.report.findings import key_numbers, sentences
 from synapse.report.html import sweep_notes
 from synapse.report.run import open_run
 from synapse.study import StageProgress
@@ -94,7 +94,7 @@ def show_plan(forecast: Forecast, workers: int, seconds_per_pass: float | None) 
         out.print(f"Recordings take {in_words(forecast.disk_bytes)} on disk, unless they are there.", markup=False)
 
 
-def show_run(run: Path) -> None:
+def show_run(run: Path | str) -> None:
     """Print a run's findings and key numbers."""
     opened = open_run(run)
     out.print(f"\n[bold]{_plain(str(opened.manifest['title']))}[/bold]")
@@ -104,7 +104,7 @@ def show_run(run: Path) -> None:
             number.name, f"[bold]{_plain(number.value)}[/bold]", _plain(number.spread), _plain(number.meaning)
         )
     out.print(table)
-    for line in [*summary_lines(run), *sweep_notes(opened.manifest.get("sweep", {}))]:
+    for line in [*sentences(opened), *sweep_notes(opened.manifest.get("sweep", {}))]:
         out.print(f"- {_plain(line)}")
 
 

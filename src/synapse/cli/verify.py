@@ -11,6 +11,7 @@ import typer
 
 from synapse.cli import terminal
 from synapse.cli.whatif import COLUMNS, LOADING
+from synapse.elsewhere import copied, place_of
 from synapse.errors import RunFolderError, SettingsError
 
 if TYPE_CHECKING:  # these load the model library, which a check of files should not wait for
@@ -24,7 +25,9 @@ Column = str | None
 
 
 def verify(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, recordings, or folders of saved attacks.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="Run folders, recordings, folders of saved attacks, or URLs of such.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -66,13 +69,14 @@ def verify(
 
     Example: `synapse verify runs/mine --model path/to/model --test test.csv`
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise RunFolderError(f"{str(folder)!r} is no folder; a run folder or a recording was expected.")
+    places = list(dict.fromkeys(map(place_of, folders)))
+    for place in places:
+        if isinstance(place, Path) and not place.is_dir():
+            raise RunFolderError(f"{str(place)!r} is no folder; a run folder or a recording was expected.")
     if (model is None) != (test is None):
         there, missing = ("--model", "--test") if test is None else ("--test", "--model")
         raise SettingsError(f"{there} is given without {missing}; attacks are applied to a model, on examples.")
-    whole = show_flaws(folders)
+    whole = show_flaws(places)
     works = True
     if model is not None:
         columns = {"text": text, "pair": pair, "file": file, "signal": signal, "ids": ids, "label": label}
@@ -81,32 +85,36 @@ def verify(
         said = {"test": test, **columns, **loading, "trust_remote_code": trust_remote_code or None}
         given = {name: value for name, value in said.items() if value is not None}
         works = _show_attacks(whole, partial(_settings, model, given))
-    if len(whole) < len(folders) or not works:
+    if len(whole) < len(places) or not works:
         raise typer.Exit(1)
 
 
-def show_flaws(folders: Sequence[Path]) -> list[Path]:
-    """Print what is wrong with each folder, and return those that are whole."""
+def show_flaws(places: Sequence[Path | str]) -> dict[Path, Path | str]:
+    """Print what is wrong at each place, and return the folders that are whole with their places.
+
+    A folder is the place itself, or a new copy of what is elsewhere.
+    """
     from synapse.integrity import flaws
 
-    whole = []
-    for folder in folders:
+    whole = {}
+    for place in places:
+        folder = place if isinstance(place, Path) else copied(place)
         found = flaws(folder)
-        _print(f"{folder}: {'damaged' if found else 'whole'}")
+        _print(f"{place}: {'damaged' if found else 'whole'}")
         for flaw in found:
             _print(f"  {flaw}")
         if not found:
-            whole.append(folder)
+            whole[folder] = place
     return whole
 
 
-def _show_attacks(folders: Sequence[Path], settings_for: Callable[[Path], Settings]) -> bool:
+def _show_attacks(folders: Mapping[Path, Path | str], settings_for: Callable[[Path], Settings]) -> bool:
     """Print what the attacks in folders that are whole do, and return whether all do what they say."""
     attacks = [(folder, attack) for folder in folders for attack in _attacks_in(folder)]
     if folders and not attacks:
         raise RunFolderError(
-            f"No attack is in {', '.join(map(str, folders))}; a folder with attack.json, or with attacks in its folder "
-            "`attacks`, was expected."
+            f"No attack is in {', '.join(map(str, folders.values()))}; a folder with attack.json, or with attacks in "
+            "its folder `attacks`, was expected."
         )
     loaded, works = cache(_load), True
     for folder, attack in attacks:
@@ -116,7 +124,7 @@ def _show_attacks(folders: Sequence[Path], settings_for: Callable[[Path], Settin
             verdict = "does not do what it says" if found else f"does what it says ({size})"
         except (RunFolderError, SettingsError) as error:
             verdict, found = "cannot be checked", [str(error)]
-        _print(f"{attack}: {verdict}")
+        _print(f"{str(attack).replace(str(folder), str(folders[folder]), 1)}: {verdict}")
         for difference in found:
             _print(f"  {difference}")
         works &= not found

@@ -9,8 +9,9 @@ from synapse.data.archives import read_arrays
 from synapse.data.columns import Columns, Option, refuse_one_class
 from synapse.data.examples import Examples
 from synapse.data.gathering import Gathered
-from synapse.data.sources import as_written, find_source
+from synapse.data.sources import find_source
 from synapse.data.tables import Piece, is_on_hub, read_files, read_hub
+from synapse.elsewhere import as_written
 from synapse.errors import DataError, SettingsError
 
 IN_MEMORY = 2**28

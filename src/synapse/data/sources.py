@@ -20,10 +20,10 @@ from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from synapse.data.examples import quoted
+from synapse.elsewhere import as_written, system_of, telling
 from synapse.errors import DataError, near
 
 READABLE = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".npz")
@@ -94,17 +94,11 @@ def find_source(path: str | Path) -> Source:
     return Source(shown, suffix, files, system, folder.parent if folder else None)
 
 
-def as_written(path: str | Path) -> str:
-    """Return a path as text; where a `Path` has folded the two slashes of `s3://`, they are put back."""
-    return re.sub(r"^([a-z][a-z0-9+]+):/(?!/)", r"\1://", str(path)) if isinstance(path, Path) else path
-
-
 def _elsewhere(path: str) -> tuple[AbstractFileSystem, str]:
     if path.startswith("hf://") and "*" not in path and not _suffix(path):
         name = path.removeprefix("hf://").removeprefix("datasets/").strip("/")
         raise DataError(f"{path} names no file: give the path of a file in it, or the data set as dataset:{name}.")
-    system, root = _called(path, url_to_fs, path)
-    system.invalidate_cache()  # a size remembered from before would cut a file that has grown
+    system, root = _called(path, system_of, path)
     return system, root
 
 
@@ -119,15 +113,8 @@ def _look_up(system: AbstractFileSystem, root: str, path: str) -> dict[str, Any]
 
 def _called(path: str, ask: Any, *arguments: Any) -> Any:
     """Return what a file system answers; whatever goes wrong with one elsewhere is told by the path."""
-    try:
+    with telling(path, DataError, but=(FileNotFoundError, NotADirectoryError)):
         return ask(*arguments)
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except Exception as error:  # every file system raises its own
-        raise DataError(
-            f"{path} could not be reached: {one_line(error)}. Check the path and your access to it, and for one "
-            "elsewhere that the package it needs is installed."
-        ) from error
 
 
 def _neighbours(system: AbstractFileSystem, root: str) -> list[str]:
@@ -192,9 +179,3 @@ def _last(path: str) -> str:
 
 def _json(system: AbstractFileSystem, file: str) -> Any:
     return json.loads(system.cat_file(file))
-
-
-def one_line(error: Exception, most: int = 300) -> str:
-    """Return what an error says as one line without a stop at its end, or its name where it says nothing."""
-    said = " ".join(str(error).split()).rstrip(".")
-    return said[:most] or type(error).__name__

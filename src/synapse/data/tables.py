@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from synapse.data.examples import quoted
-from synapse.data.sources import Source, one_line
+from synapse.data.sources import Source
+from synapse.elsewhere import one_line
 from synapse.errors import DataError, SynapseError
 
 Choose = Callable[[Sequence[str]], Sequence[str]]

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from plotly.subplots import make_subplots
 
+from synapse.elsewhere import only_here
 from synapse.errors import SettingsError
 from synapse.report.curves import ablation_curve
 from synapse.report.figures import SERIES, TEMPLATE, Panel, errors, level, new_figure
@@ -45,19 +46,19 @@ NUMBERS: Mapping[str, str] = {
 """Key of each number in `comparison.json`, and what it is called on the page."""
 
 
-def write_comparison(runs: Sequence[Path], out: Path) -> Path:
+def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
     """Return the path of `comparison.html` in the folder `out`, with the same numbers in `comparison.json`.
 
     Each run is compared at the first component of its study; the page says where these differ.
 
     Raises:
         RunFolderError: a folder cannot be read as a finished run.
-        SettingsError: no runs were given.
+        SettingsError: no runs were given, or `out` is elsewhere.
     """
+    out = only_here(out, "a comparison")
     named = _named(runs)
     numbers = {name: compared_numbers(run) for name, run in named}
     curves = {name: compared_curves(run) for name, run in named}
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(
         out / "comparison.json",
@@ -110,7 +111,7 @@ def _shared_wording(runs: Sequence[tuple[str, Run]]) -> Wording:
     return Wording(components.pop()) if len(components) == 1 else Wording()
 
 
-def comparison_table(runs: Sequence[Path]) -> pd.DataFrame:
+def comparison_table(runs: Sequence[Path | str]) -> pd.DataFrame:
     """Return one row a run, one column a number, as text: `0.89 [0.86, 0.92]`; an en dash where not measured.
 
     Raises:
@@ -384,7 +385,7 @@ def _value(figure: Figure | None) -> float | None:
     return None if figure is None else figure.value
 
 
-def _named(runs: Sequence[Path]) -> list[tuple[str, Run]]:
+def _named(runs: Sequence[Path | str]) -> list[tuple[str, Run]]:
     if not runs:
         raise SettingsError("There are no runs to compare. Give at least one run folder, better two.")
     return open_runs(runs)

@@ -33,7 +33,7 @@ class KeyNumber:
     meaning: str
 
 
-def summary_lines(run: Path, component: str | None = None) -> list[str]:
+def summary_lines(run: Path | str, component: str | None = None) -> list[str]:
     """Return about six sentences on a run folder: accuracy, scopes, concentration, rankings, classes, redirection.
 
     They are about one component, the first of the study unless one is named; redirection is of the whole model and

@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from synapse.elsewhere import only_here
 from synapse.report import figures
 from synapse.report.attacks import COLUMNS, PROTECTION_COLUMNS, cheapest_attacks, protections
 from synapse.report.findings import best_ranking, key_numbers, reaches_zero, sentences
@@ -69,8 +70,10 @@ class Judged:
     """Whether the next one can be told from it."""
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     """Return the path of the report written for a run folder, `report.html` in it unless told otherwise.
+
+    For a run elsewhere, a URL, that is `NAME-report.html` in the working directory: what is there stays as it is.
 
     That page is of the study's first component; each further one has a page beside it, `report-mlp.html`, and the pages
     link to each other. A file holds everything it shows, the plotting library included, and asks the network for
@@ -78,11 +81,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         RunFolderError: the folder cannot be read as a finished run.
+        SettingsError: `out` is elsewhere.
     """
+    path = None if out is None else only_here(out, "a report")
     opened = open_run(run)
-    path = Path(out) if out is not None else opened.path / "report.html"
+    if path is None:
+        path = opened.path / "report.html" if opened.place == opened.path else Path(f"{opened.path.name}-report.html")
     for component in opened.components:
-        here = open_run(run, component)
+        here = replace(opened, component=component)
         title = here.title if here.is_first else f"{here.title} · {component}"
         write_page(_page_of(path, here, component), "report.html.j2", title, _context(here, path))
     return path

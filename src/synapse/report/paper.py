@@ -1,6 +1,7 @@
 """Figures for papers and README files: `paper_figures(run, out)`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Drawing
 
+from synapse.elsewhere import only_here
 from synapse.errors import SettingsError, near
 from synapse.report.curves import ablation_curve, few_steps
 from synapse.report.findings import reaches_zero
@@ -41,7 +43,7 @@ SCOPE_LINES = {
 
 
 def paper_figures(
-    run: Path, out: Path, formats: Sequence[str] = ("svg",), *, layers: Sequence[int] | None = None
+    run: Path | str, out: Path | str, formats: Sequence[str] = ("svg",), *, layers: Sequence[int] | None = None
 ) -> list[Path]:
     """Return the paths of `headroom` and `ablation-curves`, drawn into the folder `out` in each format.
 
@@ -51,8 +53,9 @@ def paper_figures(
 
     Raises:
         RunFolderError: the folder cannot be read as a finished run.
-        SettingsError: a format that matplotlib does not write, or a block that is not there.
+        SettingsError: a format that matplotlib does not write, a block that is not there, or an `out` elsewhere.
     """
+    out = only_here(out, "figures")
     opened = open_run(run)
     known = FigureCanvasAgg.get_supported_filetypes()
     for wanted in formats:
@@ -61,7 +64,7 @@ def paper_figures(
                 f"Figures cannot be written as {wanted!r}; choose among {', '.join(sorted(known))}."
                 + near(wanted, known)
             )
-    runs = [open_run(run, component) for component in opened.components]
+    runs = [replace(opened, component=component) for component in opened.components]
     last = max(each.last for each in runs)
     for layer in layers or ():
         if not 0 <= layer <= last:
@@ -72,7 +75,6 @@ def paper_figures(
             suffix = "" if each.is_first else f"-{each.component}"
             drawings[f"headroom{suffix}"] = _headroom(each)
             drawings[f"ablation-curves{suffix}"] = _ablation_curves(each, _chosen(each, layers))
-        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         paths = []
         for name, drawing in drawings.items():

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
+from synapse.elsewhere import here, place_of
 from synapse.errors import RunFolderError, SettingsError, near
 from synapse.report.words import Wording
 from synapse.types import CELL_COLUMNS, SCOPES, Figure
@@ -64,7 +65,9 @@ class Run:
     """
 
     path: Path
-    """The run folder."""
+    """The folder that is read: the run folder, or a copy of one that lies elsewhere."""
+    place: Path | str
+    """Where the run folder is: its path, or its URL."""
     manifest: Mapping[str, Any]
     """What was run: settings, model, data, versions, timings."""
     scorecard: Mapping[str, Any]
@@ -249,7 +252,7 @@ class Run:
         try:
             clean = np.asarray(zarr.open_group(self.path / "logits.zarr", mode="r")["clean"])
         except (KeyError, OSError, ValueError) as error:
-            message = f"{self.path / 'logits.zarr'} cannot be read ({error}). Run the study again."
+            message = f"{self.place}/logits.zarr cannot be read ({error}). Run the study again."
             raise RunFolderError(message) from error
         two = np.sort(clean, axis=1)[:, -2:]  # (example, 2): second, highest
         return float(np.median(two[:, 1] - two[:, 0]))
@@ -260,81 +263,89 @@ class Run:
 
     def _table(self, name: str) -> pd.DataFrame:
         path, expected = self.path / "tables" / f"{name}.parquet", _COLUMNS[name]
+        shown = f"{self.place}/tables/{name}.parquet"
         if not path.is_file():
             return pd.DataFrame({column: [] for column in expected})
         try:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's errors are kinds of both
-            raise RunFolderError(f"{path} is no parquet file ({error}). Run the study again.") from error
+            raise RunFolderError(f"{shown} is no parquet file ({error}). Run the study again.") from error
         if table.empty:  # nothing was measured; such a table may have no columns either
             return pd.DataFrame({column: [] for column in expected})
         if "component" in expected and "component" not in table and "components" not in self.manifest:
             table.insert(0, "component", _RESIDUAL)
         if missing := [column for column in expected if column not in table]:
             raise RunFolderError(
-                f"{path} has no column {', '.join(map(repr, missing))}; this version of SYNAPSE writes "
+                f"{shown} has no column {', '.join(map(repr, missing))}; this version of SYNAPSE writes "
                 f"{', '.join(expected)}. Run the study again with it."
             )
         return table
 
 
-def open_run(path: Path, component: str | None = None) -> Run:
+def open_run(path: Path | str, component: str | None = None) -> Run:
     """Return the run in a folder, as far as it is about one component: the first of the study unless one is named.
 
+    The folder may be the URL of one elsewhere, of which a copy is made (see `synapse.elsewhere.here`).
+
     Raises:
-        RunFolderError: no folder, no manifest or scorecard in it, an unfinished study, or another format.
+        RunFolderError: no folder, no manifest or scorecard in it, an unfinished study, or another format; elsewhere,
+            also a place that cannot be reached and files that are not what was written.
         SettingsError: a component that was not studied.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise RunFolderError(f"{path} is no folder. Give the folder that a study wrote, with manifest.json in it.")
-    manifest = _read(path / "manifest.json")
+    place, folder = place_of(path), here(path)
+    if not folder.is_dir():
+        raise RunFolderError(f"{place} is no folder. Give the folder that a study wrote, with manifest.json in it.")
+    manifest = _read(folder, "manifest.json", place)
     if (status := manifest.get("status")) != "complete":
         raise RunFolderError(
-            f"The study in {path} did not finish: its status is {status!r}, not 'complete'. "
+            f"The study in {place} did not finish: its status is {status!r}, not 'complete'. "
             "Run it again with the same output folder to go on where it stopped."
         )
-    scorecard = _read(path / "scorecard.json")
+    scorecard = _read(folder, "scorecard.json", place)
     if missing := [key for key in ("labels", "n_layers", "width") if key not in manifest]:
-        raise RunFolderError(f"{path / 'manifest.json'} has no {' and no '.join(missing)}. Run the study again.")
+        raise RunFolderError(f"{place}/manifest.json has no {' and no '.join(missing)}. Run the study again.")
     components = _components(manifest)
     for name, shape in manifest.get("components", {}).items():
         if not {"n_layers", "width"} <= set(shape):
             raise RunFolderError(
-                f"{path / 'manifest.json'} does not say how many layers and units {name!r} has. Run the study again."
+                f"{place}/manifest.json does not say how many layers and units {name!r} has. Run the study again."
             )
     if component is not None and component not in components:
         raise SettingsError(
-            f"The run in {path} has no component {component!r}; it has {', '.join(components)}."
+            f"The run in {place} has no component {component!r}; it has {', '.join(components)}."
             + near(component, components)
         )
-    return Run(path, manifest, scorecard, components[0] if component is None else component)
+    return Run(folder, place, manifest, scorecard, components[0] if component is None else component)
 
 
-def open_runs(paths: Sequence[Path]) -> list[tuple[str, Run]]:
-    """Return every run with a name: its title, and its folder's name where two titles are the same.
+def open_runs(paths: Sequence[Path | str]) -> list[tuple[str, Run]]:
+    """Return every run with a name: its title, with its folder's name where two titles are the same, or all its place.
 
     A run is that of its first component.
     """
     runs = [open_run(path) for path in paths]
-    titles = [run.title for run in runs]
-    return [
-        (run.title if titles.count(run.title) == 1 else f"{run.title} ({run.path.resolve().name})", run) for run in runs
-    ]
+    names = [run.title for run in runs]
+    for told_apart in ([run.path.resolve().name for run in runs], [run.place for run in runs]):
+        names = [
+            name if names.count(name) == 1 else f"{run.title} ({what})"
+            for name, run, what in zip(names, runs, told_apart, strict=True)
+        ]
+    return list(zip(names, runs, strict=True))
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """Return a JSON object of the known format."""
+def _read(folder: Path, name: str, place: Path | str) -> Mapping[str, Any]:
+    """Return a JSON object of the known format; `place` is what the folder is called."""
+    path = folder / name
     if not path.is_file():
-        raise RunFolderError(f"{path.parent} has no {path.name}: it is no finished run folder.")
+        raise RunFolderError(f"{place} has no {name}: it is no finished run folder.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunFolderError(f"{path} is no JSON ({error}). Run the study again.") from error
+        raise RunFolderError(f"{place}/{name} is no JSON ({error}). Run the study again.") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise RunFolderError(
-            f"{path} has format {found!r}; this version of SYNAPSE reads format {FORMAT}. "
+            f"{place}/{name} has format {found!r}; this version of SYNAPSE reads format {FORMAT}. "
             "Read it with the version that wrote it, or run the study again."
         )
     assert isinstance(content, dict)
