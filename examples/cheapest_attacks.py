@@ -61,7 +61,8 @@ def cheapest(subject: Subject, options: argparse.Namespace) -> str:
         out = Path(folder) / "run"
         run = open_run(run_study(subject.classifier, subject.train, subject.test, settings=settings, out=out))
         clean, n = run.figure("clean", "accuracy"), f"{len(subject.test):,} test examples"
-    return f"{n}, accuracy {clean.value:.3f}.\n\n{markdown(cheapest_attacks(run))}"
+    few = f"Blocks and states were attacked on {options.examples} of them, so that shares there are coarse"
+    return f"{n}, accuracy {clean.value:.3f}. {few}.\n\n{markdown(cheapest_attacks(run))}"
 
 
 def protect(subject: Subject, options: argparse.Namespace) -> str:

@@ -251,7 +251,7 @@ def read_ranking(run: Run, classifier: Classifier, *, method: str | None = None)
 
 
 def rankings_for(
-    edits: Sequence[Edit], folder: Path | None, classifier: Classifier, *, method: str | None = None
+    edits: Sequence[Edit], folder: Path | str | None, classifier: Classifier, *, method: str | None = None
 ) -> dict[Component, Ranking]:
     """Return from a run folder the ranking of every component whose neurons are asked for by rank.
 

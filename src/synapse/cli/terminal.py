@@ -9,8 +9,18 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from synapse.errors import RunFolderError
 from synapse.forecasting import START_SECONDS, Forecast
@@ -25,6 +35,15 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class RateColumn(ProgressColumn):
+    """Steps a second of a stage: examples, runs or items, as it counts them."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, nothing before there is one."""
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s")
+
+
 @contextmanager
 def stage_progress() -> Iterator[StageProgress]:
     """Give a callback that draws one bar a stage with the time left; it draws nothing when stderr is no terminal."""
@@ -32,6 +51,7 @@ def stage_progress() -> Iterator[StageProgress]:
         TextColumn("  {task.description:<18}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
+        RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
