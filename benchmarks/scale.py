@@ -68,7 +68,7 @@ def sweep_of_a_study(quick: bool) -> Work:
 
 def recording(quick: bool) -> Work:
     """Return the recording of all layers."""
-    setting = minilm(Place(quick=quick), 16 if quick else 4096)
+    setting = minilm(Place(quick=quick), 16 if quick else 2048)
     n_windows = -(-len(setting.examples) // 1024)
 
     def run(executor: Executor | None) -> np.ndarray:

@@ -90,6 +90,15 @@ def noted(folder, item):
     return item
 
 
+def noted_and_long(folder, item):
+    """Leave a mark of every time that an item is run, and take as long as the item says."""
+    name, seconds = item
+    with (folder / name).open("a") as marks:
+        marks.write(f"{os.getpid()}\n")
+    time.sleep(seconds)
+    return os.getpid()
+
+
 class OddError(Exception):
     """An error that cannot be put together again from its arguments."""
 

@@ -21,6 +21,7 @@ from pieces_of_work import (
     gpus,
     is_cut_down_once,
     killing,
+    noted_and_long,
     raising_oddly,
     refusing,
     square,
@@ -79,6 +80,15 @@ def test_workers_keep_what_they_built_for_the_next_map(crew, tmp_path):
         found = results(crew.map(built_in, range(300), shared=Building(tmp_path))).values()
         assert {built for built, _ in found} == {pid for _, pid in found} == pids
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_item_as_long_as_others_were_is_run_once_and_no_worker_is_ended_over_it(crew, tmp_path):
+    awake = both_awake(crew)
+    items = [("first", 2.0), ("second", 2.0), *((f"quick {i}", 0.01) for i in range(40)), ("last", 2.5)]
+    assert len(list(crew.map(noted_and_long, items, shared=tmp_path))) == len(items)
+    time.sleep(0.5)  # a second run would have begun by now
+    assert {path.name: len(path.read_text().split()) for path in tmp_path.iterdir()} == {name: 1 for name, _ in items}
+    assert both_awake(crew) == awake
 
 
 def test_a_quick_item_does_not_wait_for_a_slow_one(crew):

@@ -65,7 +65,8 @@ _PIECES = 16
 """Tasks into which that of a lost worker is cut."""
 
 _OVERDUE = 3.0
-"""A task that took others so many times as long as it would take a free worker, and a second, is run by that too."""
+"""A task is run by a free worker too once it took so many times as long as that one would expect, and a second. It
+expects what its latest tasks took for an item, or what its longest took: items are not alike."""
 
 _POLL_SECONDS = 0.2
 """How often it is looked for such tasks, while nothing comes in."""
@@ -296,6 +297,7 @@ class _Task:
 class _Worker:
     """A place for a worker: the actor that has it, the tasks that it was given, the oldest first, and its pace.
 
+    `pace` is the seconds of an item, of late, and `longest` those of its longest task.
     `starting` is the answer that is awaited of an actor that builds what is shared.
     """
 
@@ -304,6 +306,7 @@ class _Worker:
     starting: Any = None
     tasks: dict[Any, _Task] = field(default_factory=dict)
     pace: float = math.inf
+    longest: float = 0.0
     size: int = 1
 
     @property
@@ -313,6 +316,7 @@ class _Worker:
 
     def learn(self, n_items: int, seconds: float) -> None:
         """Choose the size of the next task by the time that one took."""
+        self.longest = max(self.longest, seconds)
         pace = max(seconds, 1e-9) / n_items
         self.pace = pace if math.isinf(self.pace) else (self.pace + pace) / 2
         self.size = max(1, min(_MOST_ITEMS, _GROWTH * self.size, round(TASK_SECONDS / self.pace)))
@@ -354,7 +358,7 @@ class _Crew(Executor):
         if not is_known:
             self.shared, self.reference = shared, self.ray.put(shared)
         for worker in self.places:
-            worker.pace, worker.size = math.inf, 1
+            worker.pace, worker.longest, worker.size = math.inf, 0.0, 1
 
     @property
     def key(self) -> str:
@@ -441,12 +445,12 @@ class _Map:
                 del other.tasks[reference]
                 task.holders -= 1
                 return task
-        late = [task for other in self.workers for task in other.tasks.values() if self.is_overdue(task, worker.pace)]
+        late = [task for other in self.workers for task in other.tasks.values() if self.is_overdue(task, worker)]
         return min(late, key=_when_given, default=None)
 
-    def is_overdue(self, task: _Task, pace: float) -> bool:
+    def is_overdue(self, task: _Task, free: _Worker) -> bool:
         """Return whether one worker alone has a task for so long that a free one should run it too."""
-        expected = 1.0 + _OVERDUE * len(task.items) * pace
+        expected = 1.0 + _OVERDUE * max(len(task.items) * free.pace, free.longest)
         return task.holders == 1 and not task.is_done and time.monotonic() - task.given > expected
 
     def give(self, worker: _Worker, task: _Task) -> None:
