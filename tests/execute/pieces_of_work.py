@@ -129,15 +129,6 @@ def killing_in_company(deadly, item):
     return item
 
 
-def multiplied(shared, item):
-    """Multiply matrices, always the same ones."""
-    values = np.full((160, 160), 1.0 + item % 3, dtype=np.float64)
-    for _ in range(20):
-        values = values @ values
-        values /= values.max()
-    return float(values.sum())
-
-
 def where(shared, item):
     """Say on which host an item is run."""
     import ray

@@ -18,9 +18,9 @@ from itertools import count, islice
 from pathlib import Path
 
 import pytest
-from pieces_of_work import killing_in_company, multiplied, noted, slow_in_one_process, square
+from pieces_of_work import killing_in_company, noted, slow_in_one_process, square
 
-from synapse.execute import Done, Failed, RayExecutor, SerialExecutor
+from synapse.execute import Done, Failed, RayExecutor
 from synapse.execute.ray import LOCAL_SETTINGS
 from synapse.testing import check_executor
 
@@ -182,19 +182,6 @@ def test_the_memory_of_the_driver_does_not_grow_with_the_number_of_items(cluster
 
 def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_one_worker_takes_at_most_a_tenth_longer_than_this_process(cluster):
-    cluster.add_node(num_cpus=1)
-    seconds = {"serial": [], "ray": []}
-    with joined(cluster, 1) as executor:
-        list(executor.map(multiplied, range(10)))
-        for _ in range(4):  # in turn, and the best of each: other programs run too
-            for name, runner in (("serial", SerialExecutor()), ("ray", executor)):
-                began = time.perf_counter()
-                assert len(list(runner.map(multiplied, range(150)))) == 150
-                seconds[name].append(time.perf_counter() - began)
-    assert min(seconds["ray"]) <= 1.10 * min(seconds["serial"])
 
 
 # ------------------------------------------------------------------------------------------- the driver is interrupted
